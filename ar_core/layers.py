@@ -1,0 +1,111 @@
+"""The building blocks of decoders, as plain callables: a decode step on a CPU has no time for anything heavier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ar_core.parallel import Parallel
+
+# [T, in] -> [T, out]
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Linear:
+    """y = x W^T + b with W [out, in]."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+
+class BiasedProduct:
+    """A product without a bias of its own, and a bias."""
+
+    def __init__(self, product: Product, bias: torch.Tensor) -> None:
+        self._product = product
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._product(x).add_(self._bias)
+
+
+class ReducedProduct:
+    """A product over this rank's share of the inputs, summed over all ranks; the bias is added once."""
+
+    def __init__(self, product: Product, bias: torch.Tensor | None, parallel: Parallel) -> None:
+        self._product = product
+        self._bias = bias
+        self._parallel = parallel
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._parallel.sum(self._product(x))
+        return y if self._bias is None else y.add_(self._bias)
+
+
+class RMSNorm:
+    """x / rms(x) * weight over the last dimension, computed in float32.
+
+    weight is [n], or [heads, n] for x [T, heads, n].
+    """
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        self._weight = weight
+        self._weight32 = weight.float()
+        self._eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.device.type == "cuda":
+            if self._weight.ndim == 1:
+                return F.rms_norm(x, x.shape[-1:], self._weight, self._eps)
+            return F.rms_norm(x, x.shape[-1:], None, self._eps) * self._weight
+        # On a CPU rms_norm is a dozen passes. layer_norm is one, and of [x, -x], whose mean is 0, it divides by
+        # the same root.
+        x32 = x.float()
+        n = x.shape[-1]
+        return (F.layer_norm(torch.cat((x32, -x32), -1), (2 * n,), eps=self._eps)[..., :n] * self._weight32).to(x.dtype)
+
+
+class Rotary:
+    """Rotary position embedding of heads whose pairs are (i, i + head_dim / 2), with head_dim / 2 frequencies."""
+
+    def __init__(
+        self, frequencies: torch.Tensor, scale: float, max_context: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        angles = torch.arange(max_context, dtype=torch.float32)[:, None] * frequencies.float().cpu()
+        cos, sin = angles.cos() * scale, angles.sin() * scale
+        # The first half is turned by minus the second: the sign sits in the table.
+        self._cos = torch.cat((cos, cos), -1)[:, None].to(dtype).to(device)  # [max_context, 1, dim]
+        self._sin = torch.cat((-sin, sin), -1)[:, None].to(dtype).to(device)
+        self._half = len(frequencies)
+
+    def rows(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `apply` needs for positions int64 [T]: cos and sin [T, 1, dim]."""
+        return self._cos[positions], self._sin[positions]
+
+    def apply(self, x: torch.Tensor, rows: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """[T, heads, dim] -> the same, rotated."""
+        cos, sin = rows
+        return torch.addcmul(x * cos, x.roll(self._half, -1), sin)
+
+
+def rotary_frequencies(config: PreTrainedConfig, dim: int) -> tuple[torch.Tensor, float]:
+    """float32 [dim / 2], and what cos and sin are multiplied by."""
+    kind = config.rope_parameters["rope_type"]
+    if kind == "default":
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+    return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of [T, 2 n], gates first: [T, n]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)

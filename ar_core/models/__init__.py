@@ -1,0 +1,110 @@
+"""From a checkpoint on disk to a Backbone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from ar_core.interfaces import Backbone
+from ar_core.parallel import Parallel
+
+LOAD_FORMATS = ("auto", "dummy")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_backbone(
+    source: Path,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    load_format: str = "auto",
+    max_context: int | None = None,
+    parallel: Parallel = Parallel(),
+) -> Backbone:
+    """The model in `source`: a folder with config.json and safetensors, or a .gguf file.
+
+    dtype "auto" is the checkpoint's on a GPU, and on a CPU bfloat16 where the CPU multiplies it quickly, else
+    float32. load_format "dummy" needs no weights, only config.json, and makes random ones. Raises ValueError
+    for a model that is not supported, WeightError for tensors that do not fit, FileNotFoundError for files that
+    are not there.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise ValueError(f"load_format is {load_format!r}; it must be one of {', '.join(LOAD_FORMATS)}")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of auto, {', '.join(DTYPES)}")
+    if source.suffix == ".gguf":
+        return _load_gguf(source, device, dtype, max_context, parallel)
+    return _load_folder(source, device, dtype, load_format, max_context, parallel)
+
+
+def _load_folder(
+    folder: Path, device: torch.device, dtype: str, load_format: str, max_context: int | None, parallel: Parallel
+) -> Backbone:
+    from ar_core.models.llama import MODEL_TYPES, Llama
+    from ar_core.weights import DummyWeights, SafetensorsWeights, Weights
+
+    config_file = folder / "config.json"
+    if not config_file.exists():
+        raise FileNotFoundError(f"{folder} has no config.json; a model is a folder with one, or a .gguf file")
+    model_type = json.loads(config_file.read_text()).get("model_type")
+    if model_type not in MODEL_TYPES:
+        from ar_core.models.transformers import load_transformers_backbone
+
+        return load_transformers_backbone(
+            folder, device=device, dtype=dtype, load_format=load_format, max_context=max_context
+        )
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    chosen = _choose_dtype(dtype, config.dtype, device)
+    weights: Weights
+    if load_format == "dummy":
+        weights = DummyWeights(device, chosen, parallel)
+    else:
+        weights = SafetensorsWeights(folder, device, chosen, parallel)
+    model = Llama(config, weights, eos_token_ids=_eos_token_ids(folder), max_context=max_context)
+    weights.finish()
+    return model
+
+
+def _load_gguf(path: Path, device: torch.device, dtype: str, max_context: int | None, parallel: Parallel) -> Backbone:
+    from ar_core.gguf_weights import GGUFFile, GGUFWeights
+    from ar_core.models.llama import Llama
+
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
+    file = GGUFFile(path)
+    weights = GGUFWeights(file, device, _choose_dtype(dtype, torch.bfloat16, device), parallel)
+    model = Llama(
+        file.config(),
+        weights,
+        eos_token_ids=file.eos_token_ids(),
+        max_context=max_context,
+        rope_factors=file.rope_factors,
+    )
+    weights.finish()
+    return model
+
+
+def _choose_dtype(asked: str, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
+    if asked != "auto":
+        return DTYPES[asked]
+    if device.type == "cpu":
+        return torch.bfloat16 if _has_fast_bfloat16() else torch.float32
+    return stored or torch.bfloat16
+
+
+def _has_fast_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _eos_token_ids(folder: Path) -> tuple[int, ...]:
+    """From generation_config.json and config.json: either may hold one id or a list."""
+    ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        file = folder / name
+        found = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        ids.update([found] if isinstance(found, int) else found or [])
+    return tuple(sorted(ids))

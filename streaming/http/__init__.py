@@ -1,0 +1,1 @@
+"""The HTTP face: OpenAI's shapes over the engines. Start reading at `app.py`."""

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.streaming.http_fakes import FakeEngine, fake_app, running
+
+
+@pytest.fixture(scope="module")
+def fake_engine_and_url() -> Iterator[tuple[FakeEngine, str]]:
+    engine = FakeEngine()
+    with running(fake_app(engine, max_body_bytes=100_000)) as url:
+        yield engine, url
+
+
+@pytest.fixture
+def fake_engine(fake_engine_and_url: tuple[FakeEngine, str]) -> FakeEngine:
+    """The engine behind `http`, saying "Hello" until it is told otherwise."""
+    engine, _ = fake_engine_and_url
+    engine.reset()
+    return engine
+
+
+@pytest.fixture
+def http(fake_engine_and_url: tuple[FakeEngine, str], fake_engine: FakeEngine) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=fake_engine_and_url[1], timeout=20) as client:
+        yield client
