@@ -47,11 +47,12 @@ class Engine:
         encoders: Mapping[type, SegmentEncoder] | None = None,
         output_stage: OutputStage | None = None,
     ) -> None:
-        device = pick_device(config.device)
+        device = self.device = pick_device(config.device)
+        self.dtype = backbone.dtype
         num_slots = _num_slots(backbone, config, device)
         self.max_context = min(config.max_context or backbone.max_context, backbone.max_context, num_slots)
-        self._vocab_size = backbone.vocab_size
-        self._eos = frozenset(backbone.eos_token_ids)
+        self.vocab_size = backbone.vocab_size
+        self.eos_token_ids = backbone.eos_token_ids
         self._width = head.width
         self._encoders: dict[type, SegmentEncoder] = dict(encoders or {})
         if head.width == 1:
@@ -161,8 +162,8 @@ class Engine:
             ("stop_token_ids", request.sampling.stop_token_ids),
         ):
             for token in ids:
-                if not 0 <= token < self._vocab_size:
-                    raise RequestError(f"{name} names token {token}; ids go from 0 to {self._vocab_size - 1}", name)
+                if not 0 <= token < self.vocab_size:
+                    raise RequestError(f"{name} names token {token}; ids go from 0 to {self.vocab_size - 1}", name)
 
     def _encode(self, segment: object) -> Encoded:
         encoder = self._encoders.get(type(segment))
@@ -172,7 +173,7 @@ class Engine:
         return encoder.encode(segment)
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
-        return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
+        return frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else set(self.eos_token_ids))
 
     def _banned(self) -> dict[str, tuple[int, ...]]:
         """What would end a sequence may not be emitted before its min_tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from ar_core.interfaces import KVShape
 
 _CPU_BYTES = 4 << 30  # a CPU's pool is no larger than this, or than a quarter of its memory
+_CACHE_LINE = 64  # bytes
 _WINDOW = 8192  # slots looked at in one go when searching for free ones
 
 
@@ -25,8 +27,8 @@ class KVPool:
     ) -> None:
         self.layout = layout
         self.num_slots = num_slots
-        self.k = [torch.zeros(num_slots + 1, s.num_heads, s.head_dim, dtype=dtype, device=device) for s in layout]
-        self.v = [torch.zeros(num_slots + 1, s.num_heads, s.value_dim, dtype=dtype, device=device) for s in layout]
+        self.k = [_zeros((num_slots + 1, s.num_heads, s.head_dim), dtype, device) for s in layout]
+        self.v = [_zeros((num_slots + 1, s.num_heads, s.value_dim), dtype, device) for s in layout]
         self._free = np.ones(num_slots + 1, dtype=bool)
         self._free[0] = False
         self._num_free = num_slots
@@ -101,6 +103,16 @@ class KVPool:
             missing -= len(window)
             at = at + _WINDOW if at + _WINDOW <= self.num_slots else 1
         return np.concatenate(found)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks for zeroed pages, which cost neither time nor memory until they are written to; torch writes them all.
+    size = math.prod(shape) * dtype.itemsize
+    pages = np.zeros(size + _CACHE_LINE, dtype=np.uint8)
+    start = -pages.ctypes.data % _CACHE_LINE
+    return torch.from_numpy(pages[start : start + size]).view(dtype).view(shape)
 
 
 def affordable_slots(

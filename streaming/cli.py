@@ -1,0 +1,111 @@
+"""The command line: `triptych serve`, `triptych chat`, `triptych bench`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from streaming.settings import DEFAULT_MODEL, SettingsError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="One server for language, voice and images.",
+)
+
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")]
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help=f"NAME=PATH, a path, a hub id or an embedded model. Can be repeated. [default: {DEFAULT_MODEL}]"),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file with these settings; options win.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="0: any free one. [default: 8000]")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    load_format: Annotated[str | None, typer.Option(help="auto, or dummy for random weights.")] = None,
+    attention: Annotated[str | None, typer.Option(help="auto, torch or triton.")] = None,
+    memory_fraction: Annotated[
+        float | None, typer.Option(help="Share of the GPU for weights and KV together. [default: 0.85]")
+    ] = None,
+    max_running: Annotated[int | None, typer.Option(help="Sequences in one step. [default: 64]")] = None,
+    max_queue: Annotated[int | None, typer.Option(help="Requests that may wait. [default: 1024]")] = None,
+    max_step_tokens: Annotated[int | None, typer.Option(help="New positions in one step.")] = None,
+    max_context: Annotated[int | None, typer.Option(help="Positions of one sequence.")] = None,
+    kv_slots: Annotated[int | None, typer.Option(help="Positions that the KV pool holds.")] = None,
+    gateways: Annotated[int | None, typer.Option(help="Processes that speak HTTP. [default: 1]")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="Clients must send it. Better set as TRIPTYCH_API_KEY: others cannot read that.")
+    ] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(help="Largest request body. [default: 33554432]")] = None,
+    drain_seconds: Annotated[float | None, typer.Option(help="For open answers at a stop. [default: 30]")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [default: info]")] = None,
+) -> None:
+    """Serve models over HTTP until SIGTERM or Ctrl-C; a second one stops at once."""
+    options = {name: value for name, value in locals().items() if name not in {"model", "config"}}
+    options["models"] = model
+    raise typer.Exit(_serve(options, config))
+
+
+def _serve(options: dict[str, Any], config: Path | None) -> int:
+    from modalities.checkpoint import CheckpointError, locate
+    from modalities.embedded import FetchError
+    from streaming import process
+    from streaming.settings import load_settings
+    from streaming.supervisor import Located, StartError, Supervisor, bind
+
+    try:
+        settings = load_settings(options, config)
+        process.configure_logging(settings.log_level, "server")
+        sock = bind(settings)
+        models = [Located(model, str(locate(model.source).path)) for model in settings.models]
+        return asyncio.run(Supervisor(settings, models, sock).run())
+    except (SettingsError, CheckpointError, FetchError, StartError) as error:
+        return _fail(error)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Option(help="A path, a hub id or an embedded model.")] = DEFAULT_MODEL,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.95,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Length of one answer.")] = 1024,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Chat in the terminal, without a server. Ctrl-C ends an answer; Ctrl-D, or Ctrl-C at the prompt, ends the chat."""
+    from streaming.terminal import chat_in_terminal
+
+    logging.basicConfig(level=logging.WARNING)
+    options = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
+    sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": seed}
+    try:
+        chat_in_terminal(model, system, sampling, options)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise typer.Exit(_fail(error)) from error
+
+
+def _fail(error: Exception) -> int:
+    print(f"triptych: {error}", file=sys.stderr)
+    return 1
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
