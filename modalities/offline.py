@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,6 +21,7 @@ from modalities.checkpoint import locate
 from modalities.registry import build_engine
 from modalities.text import Text
 
+_DEFAULT = SamplingParams()
 _UNLIMITED = 2**31  # nobody but the caller fills the queue
 
 # A text, token ids, or a conversation: a list of {"role": ..., "content": ...}.
@@ -45,7 +46,7 @@ class LanguageModel:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        sampling: SamplingParams | Sequence[SamplingParams] = SamplingParams(),
+        sampling: SamplingParams | Sequence[SamplingParams] = _DEFAULT,
         *,
         stop: Sequence[str] = (),
         progress: bool = True,
@@ -57,7 +58,7 @@ class LanguageModel:
         """
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         if len(each) != len(prompts):
-            raise ValueError(f"there are {len(prompts)} prompts and {len(each)} sampling parameters; give one, or as many")
+            raise ValueError(f"{len(prompts)} prompts have {len(each)} sampling parameters; give one, or as many")
         answers = self._submit(prompts, each, stop)
         with _progress_bar(shown=progress) as bar:
             task = bar.add_task("generating", total=len(prompts))
@@ -68,9 +69,7 @@ class LanguageModel:
                 self._end(answers)
         return [answer.whole for answer in answers.values()]
 
-    def stream(
-        self, prompt: Prompt, sampling: SamplingParams = SamplingParams(), *, stop: Sequence[str] = ()
-    ) -> Iterator[str]:
+    def stream(self, prompt: Prompt, sampling: SamplingParams = _DEFAULT, *, stop: Sequence[str] = ()) -> Iterator[str]:
         """The same for one prompt, piece by piece. Closing the iterator early ends the work."""
         answers = self._submit([prompt], [sampling], stop)
         (answer,) = answers.values()
@@ -87,9 +86,8 @@ class LanguageModel:
         """The token ids of a prompt of any kind."""
         if isinstance(prompt, str):
             return self.chat.encode(prompt)
-        if prompt and isinstance(prompt[0], Mapping):
-            return self.chat.render([dict(message) for message in prompt])  # type: ignore[call-overload]
-        return list(prompt)  # type: ignore[arg-type]
+        messages = [dict(item) for item in prompt if isinstance(item, Mapping)]
+        return self.chat.render(messages) if messages else [item for item in prompt if isinstance(item, int)]
 
     def _submit(self, prompts: Sequence[Prompt], each: list[SamplingParams], stop: Sequence[str]) -> dict[str, _Answer]:
         """Queue all, or none if one of them is refused."""
@@ -156,7 +154,7 @@ class _Answer:
 
     @property
     def whole(self) -> Text:
-        finish = "length" if self.finish is FinishReason.LENGTH else "stop"
+        finish: Literal["stop", "length"] = "length" if self.finish is FinishReason.LENGTH else "stop"
         return Text(self._text, self._tokens, finish, *self._counts, self._logprobs)
 
 

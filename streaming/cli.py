@@ -27,7 +27,7 @@ Dtype = Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or floa
 def serve(
     model: Annotated[
         list[str] | None,
-        typer.Option(help=f"NAME=PATH, a path, a hub id or an embedded model. Can be repeated. [default: {DEFAULT_MODEL}]"),
+        typer.Option(help=f"NAME=PATH, a path, a hub id or an embedded model; repeatable. [default: {DEFAULT_MODEL}]"),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file with these settings; options win.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,

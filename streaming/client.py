@@ -145,7 +145,8 @@ class EngineClient:
         answer = self._queries[wire_id] = asyncio.get_running_loop().create_future()
         try:
             self._send(messages.StatsQuery(wire_id))
-            return await answer
+            stats: EngineStats = await answer
+            return stats
         finally:
             self._queries.pop(wire_id, None)
 
@@ -166,8 +167,8 @@ class EngineClient:
         self._socket.sndhwm = 0  # a send never blocks: the gateway's own limits bound what waits here
         self._socket.reconnect_ivl = _RETRY_MS
         self._monitor = self._socket.get_monitor_socket(_BROKEN)
-        self._loop.add_reader(self._monitor.fd, self._watch)
-        self._loop.add_reader(self._socket.fd, self._receive)
+        self._loop.add_reader(_fd(self._monitor), self._watch)
+        self._loop.add_reader(_fd(self._socket), self._receive)
         self._socket.connect(self._address)
         self._socket.send(messages.encoder.encode(Hello()), zmq.NOBLOCK)
         self._receive()
@@ -191,8 +192,8 @@ class EngineClient:
         if self._reopening is not None:
             self._reopening.cancel()
         if self._socket is not None and self._monitor is not None:
-            self._loop.remove_reader(self._socket.fd)
-            self._loop.remove_reader(self._monitor.fd)
+            self._loop.remove_reader(_fd(self._socket))
+            self._loop.remove_reader(_fd(self._monitor))
             self._socket.disable_monitor()
             self._monitor.close(linger=0)
             self._socket.close(linger=0)
@@ -242,3 +243,7 @@ class EngineClient:
         mailbox = self._mailboxes.pop(wire_id, None)
         if mailbox is not None:
             mailbox.fail(error)
+
+
+def _fd(socket: zmq.Socket[bytes]) -> int:
+    return int(socket.getsockopt(zmq.FD))

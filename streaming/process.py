@@ -67,7 +67,8 @@ def configure_logging(level: str, who: str) -> None:
 def imported(name: str) -> Callable[..., Any]:
     """What "module:callable" names."""
     module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return found
 
 
 def describe_error(error: Exception) -> str:

@@ -2,7 +2,8 @@
 
     listening socket ── inherited by ──▶ gateway × N ── ipc:// ──▶ engine × models
 
-What dies after it was up is started again, a little later each time; what dies five times in quick succession stays down.
+What dies after it was up is started again, a little later each time; what dies five times in quick succession stays
+down.
 What never comes up at all ends the server: a model that cannot be loaded will not load the next time either.
 """
 
@@ -74,7 +75,10 @@ def url_of(sock: socket.socket) -> str:
 
 
 class Supervisor:
-    """Runs a server on a bound socket until it is told to stop. `factory` and `entry`: see WorkerSpec and GatewaySpec."""
+    """Runs a server on a bound socket until it is told to stop.
+
+    `factory` and `entry`: see WorkerSpec and GatewaySpec.
+    """
 
     def __init__(
         self,
@@ -192,7 +196,8 @@ class Supervisor:
         stopping = asyncio.create_task(self._stopping.wait())
         starting = asyncio.create_task(self._wait_until_ready(clients))
         keeping = asyncio.gather(*keepers)  # ends early only with an error
-        await asyncio.wait([stopping, starting, keeping], return_when=asyncio.FIRST_COMPLETED)
+        waits: list[asyncio.Future[Any]] = [stopping, starting, keeping]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if keeping.done():
             keeping.result()
         if starting.done():

@@ -16,7 +16,7 @@ from streaming.http.served import ServedModel
 from streaming.metrics import StreamTimer
 
 if TYPE_CHECKING:
-    from modalities.chat import TextStream
+    from modalities.detokenizer import TextStream
 
 
 @dataclass(frozen=True, slots=True)
