@@ -9,7 +9,7 @@ while engine.has_work:
 from __future__ import annotations
 
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
@@ -138,20 +138,33 @@ class Engine:
     def generate(self, requests: Iterable[Request], on_output: Callable[[Output], None] | None = None) -> list[Output]:
         """Serve requests to their ends:
 
-        one Output each, in their order, with all that it emitted. For offline use, on an idle engine.
+        one Output each, in their order, with all that it emitted. For offline use, on an idle engine. Raises
+        RequestError if one of them can never be served, and then leaves the engine idle.
         """
         todo = deque(requests)
         order = [request.id for request in todo]
         collected: dict[str, Output] = {}
-        while todo or self.has_work:
-            while todo and len(self.scheduler.waiting) < self.scheduler.max_queue:
-                self.add(todo.popleft())
-            for output in self.step():
-                before = collected.get(output.request_id)
-                collected[output.request_id] = output if before is None else _join(before, output)
-                if on_output is not None:
-                    on_output(output)
+        try:
+            _check_distinct(order)
+            while todo or self.has_work:
+                while todo and len(self.scheduler.waiting) < self.scheduler.max_queue:
+                    self.add(todo.popleft())
+                for output in self.step():
+                    before = collected.get(output.request_id)
+                    collected[output.request_id] = output if before is None else _join(before, output)
+                    if on_output is not None:
+                        on_output(output)
+        except RequestError:
+            for request_id in order:
+                self.abort(request_id)
+            while self.has_work:
+                self.step()
+            raise
         return [collected[request_id] for request_id in order]
+
+    def prompt_length(self, segments: Iterable[object]) -> int:
+        """How many positions the segments make. Raises RequestError as `add` does."""
+        return sum(len(self._encode(segment).keys) for segment in segments)
 
     def stats(self) -> EngineStats:
         return self.scheduler.snapshot()
@@ -226,6 +239,12 @@ def _num_slots(backbone: Backbone, config: EngineConfig, device: torch.device) -
             "a larger fraction, a smaller model or a larger device would"
         )
     return min(affordable, config.max_running * context)
+
+
+def _check_distinct(ids: list[str]) -> None:
+    repeated = next((name for name, times in Counter(ids).items() if times > 1), None)
+    if repeated is not None:
+        raise RequestError(f"request id {repeated!r} is given {ids.count(repeated)} times", "id")
 
 
 def _output(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, ReaderTensor
+from gguf import GGUFReader, ReaderTensor
 from gguf.quants import dequantize
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -44,10 +44,16 @@ _NAMES = {
 
 
 class GGUFFile:
-    """A GGUF file's metadata, and its tensors by their transformers names."""
+    """A GGUF file's metadata, and its tensors by their transformers names.
+
+    Raises ValueError for a file that is not one, is cut short, or is of an architecture that is not supported.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._reader = GGUFReader(path)
+        try:
+            self._reader = GGUFReader(path)
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{path} is no whole GGUF file ({error})") from error
         self.path = path
         self.architecture = str(self.field("general.architecture"))
         if self.architecture not in _ARCHITECTURES:
@@ -79,24 +85,33 @@ class GGUFFile:
         return tuple(sorted({int(i) for i in ids if i is not None}))
 
     def config(self) -> PreTrainedConfig:
-        """The configuration that transformers would have for this model."""
+        """The configuration that transformers would have for this model. Raises ValueError if the file lacks a part."""
 
         def own(name: str, default: Any = None) -> Any:
             return self.field(f"{self.architecture}.{name}", default)
 
-        heads = own("attention.head_count")
-        dim = own("embedding_length")
+        def needed(name: str) -> Any:
+            value = own(name)
+            if value is None:
+                raise ValueError(f"{self.path} does not say {self.architecture}.{name}")
+            return value
+
+        embedding = self.tensors.get("model.embed_tokens.weight")
+        if embedding is None:
+            raise ValueError(f"{self.path} has no tensor token_embd.weight")
+        heads = needed("attention.head_count")
+        dim = needed("embedding_length")
         config = AutoConfig.for_model(
             self.architecture,
-            vocab_size=self.tensors["model.embed_tokens.weight"].data.shape[0],
+            vocab_size=embedding.data.shape[0],
             hidden_size=dim,
-            intermediate_size=own("feed_forward_length"),
-            num_hidden_layers=own("block_count"),
+            intermediate_size=needed("feed_forward_length"),
+            num_hidden_layers=needed("block_count"),
             num_attention_heads=heads,
             num_key_value_heads=own("attention.head_count_kv", heads),
             head_dim=own("attention.key_length") or own("rope.dimension_count") or dim // heads,
-            rms_norm_eps=own("attention.layer_norm_rms_epsilon"),
-            max_position_embeddings=own("context_length"),
+            rms_norm_eps=needed("attention.layer_norm_rms_epsilon"),
+            max_position_embeddings=needed("context_length"),
             tie_word_embeddings="lm_head.weight" not in self.tensors,
             rope_parameters=self._rope(own),
         )

@@ -56,13 +56,13 @@ def row_keys(rows: np.ndarray) -> np.ndarray:
     """The cache keys of emitted rows: int64 [n, width] -> int64 [n].
 
     A single integer is its own key. A wider row is hashed over all its integers, so that two frames that differ
-    anywhere differ in their key.
+    anywhere differ in their key; its key is negative, so that no token id is like it.
     """
     if rows.shape[1] == 1:
         return rows[:, 0].astype(np.int64)
     rows = np.ascontiguousarray(rows, dtype=np.int64)
     digests = b"".join(hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in rows)
-    return np.frombuffer(digests, dtype=np.int64)
+    return np.frombuffer(digests, dtype=np.int64) | np.iinfo(np.int64).min
 
 
 @dataclass(frozen=True, slots=True)

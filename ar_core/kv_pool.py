@@ -76,6 +76,10 @@ class KVPool:
         slots = (after + 1).astype(np.int32)
         follows = slots <= self.num_slots
         follows[follows] = self._free[slots[follows]]
+        # Sequences that share a prompt to its end have the same last slot: the first of them gets the one behind it.
+        first = np.zeros(len(slots), dtype=bool)
+        first[np.unique(slots, return_index=True)[1]] = True
+        follows &= first
         self._free[slots[follows]] = False
         self._num_free -= int(follows.sum())
         rest = int(len(slots) - follows.sum())

@@ -96,6 +96,28 @@ class Rotary:
         return torch.addcmul(x * cos, x.roll(self._half, -1), sin)
 
 
+class PairRotary:
+    """Rotary position embedding of heads whose pairs are (2 i, 2 i + 1), turned in float32.
+
+    The cosines and sines are rounded to bfloat16 whatever the model computes in: the dual-AR models were trained so.
+    """
+
+    def __init__(self, base: float, head_dim: int, max_context: int, device: torch.device) -> None:
+        frequencies = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        angles = torch.arange(max_context, dtype=torch.float32)[:, None] * frequencies
+        table = torch.stack((angles.cos(), angles.sin()), -1).bfloat16().float()
+        self._table = torch.view_as_complex(table)[:, None].to(device)  # [max_context, 1, head_dim / 2]
+
+    def rows(self, positions: torch.Tensor) -> torch.Tensor:
+        """What `apply` needs for positions int64 [T]: complex64 [T, 1, head_dim / 2]."""
+        return self._table[positions]
+
+    def apply(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """[T, heads, head_dim] -> the same, rotated."""
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * rows).flatten(-2).to(x.dtype)
+
+
 def rotary_frequencies(config: PreTrainedConfig, dim: int) -> tuple[torch.Tensor, float]:
     """float32 [dim / 2], and what cos and sin are multiplied by."""
     kind = config.rope_parameters["rope_type"]

@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+MAX_AVOID_REPEATS = 64
+
 
 class RequestError(ValueError):
     """A request that cannot be served as it stands; `param` names the field at fault."""
@@ -34,6 +38,10 @@ class SamplingParams:
     A temperature of 0 is greedy. `top_k` 0 and `top_p` 1 mean "no limit". `logprobs` None asks for no
     log-probabilities, 0 for those of the emitted tokens, n for those of the n likeliest tokens beside them;
     they are taken from the model's own distribution, before penalties, bias and temperature.
+
+    With `temperature_last`, top-k, top-p and min-p each look at the untempered distribution, and the temperature
+    applies to what they leave; without, it comes first. `avoid_repeats` n draws an integer that is among the last n
+    emitted once more, at temperature 1 within top-p 0.9, and keeps that one (after Chen et al., VALL-E 2, 2024).
     """
 
     max_tokens: int = 128
@@ -42,6 +50,8 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    temperature_last: bool = False
+    avoid_repeats: int = 0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -59,6 +69,7 @@ class SamplingParams:
             ("top_k", "at least 0 (0: no limit)", self.top_k >= 0),
             ("top_p", "above 0 and at most 1", 0.0 < self.top_p <= 1.0),
             ("min_p", "between 0 and 1", 0.0 <= self.min_p <= 1.0),
+            ("avoid_repeats", f"between 0 and {MAX_AVOID_REPEATS}", 0 <= self.avoid_repeats <= MAX_AVOID_REPEATS),
             ("presence_penalty", "between -2 and 2", -2.0 <= self.presence_penalty <= 2.0),
             ("frequency_penalty", "between -2 and 2", -2.0 <= self.frequency_penalty <= 2.0),
             ("repetition_penalty", "above 0 and at most 10", 0.0 < self.repetition_penalty <= 10.0),
@@ -77,6 +88,13 @@ class Tokens:
     """The segment that every engine understands: token ids."""
 
     ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Positions of several integers each, as a model with a FrameHead emits them: int64 [n, width]."""
+
+    rows: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)

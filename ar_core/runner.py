@@ -49,7 +49,7 @@ class Runner:
         self._head = head
         self._attention = attention
         self._device = device
-        self._sampler = Sampler(num_lanes, backbone.vocab_size, device)
+        self._sampler = Sampler(num_lanes, backbone.vocab_size, device, head.width)
         self._slot_table = torch.zeros(num_lanes, max_context, dtype=torch.int32, device=device)
         self._last_rows = torch.zeros(num_lanes, head.width, dtype=torch.int64, device=device)
 

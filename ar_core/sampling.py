@@ -8,17 +8,20 @@ chunking, or on having been preempted.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from ar_core.interfaces import Emitted
-from ar_core.request import SamplingParams
+from ar_core.request import MAX_AVOID_REPEATS, SamplingParams
 
 # On a CPU sorting a vocabulary costs milliseconds; the likeliest few hundred tokens nearly always hold all that
 # top-p keeps.
 _LIKELIEST = 256
+# What the second draw of `avoid_repeats` keeps of the distribution.
+_SECOND_TOP_P = 0.9
+_STRIDE = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +56,40 @@ class Bias:
 
 
 @dataclass(frozen=True, slots=True)
+class Late:
+    """Temperatures that apply to what top-k, top-p and min-p leave: float32 [S], where `rows`, bool [S], says so."""
+
+    rows: torch.Tensor
+    temperature: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Repeats:
+    """The second draw of what repeats itself: within top_p, float32 [S], at numbers `uniform`, float32 [S].
+
+    recent: int64 [S, n], the ids that count as repeated; -1 stands for none.
+    """
+
+    recent: torch.Tensor
+    uniform: torch.Tensor
+    top_p: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingState:
     """The parameters of S sequences as tensors; what nobody asked for is None."""
 
     greedy: torch.Tensor | None = None  # bool [S]; None: all are, or none is
-    temperature: torch.Tensor | None = None  # float32 [S]; 1 where greedy
+    temperature: torch.Tensor | None = None  # float32 [S]; 1 where greedy or late
     uniform: torch.Tensor | None = None  # float32 [S], in [0, 1); None: all are greedy
     top_k: torch.Tensor | None = None  # int64 [S]; the vocabulary's size where there is no limit
     top_p: torch.Tensor | None = None  # float32 [S]
     min_p: torch.Tensor | None = None  # float32 [S]
     max_top_k: int = 0  # largest limit if every sampled sequence has one, else 0
+    late: Late | None = None
+    repeats: Repeats | None = None
+    # float32 [S, width - 1], in [0, 1): for the rest of a row that has more than one integer; None: all are greedy
+    rest_uniform: torch.Tensor | None = None
     penalties: Penalties | None = None
     bias: Bias | None = None
     num_logprobs: int | None = None
@@ -70,11 +97,24 @@ class SamplingState:
 
 def uniforms(seeds: Seq[int], indices: Seq[int]) -> np.ndarray:
     """One number in [0, 1) for each (seed, index): float32 [S]. The mixing is splitmix64 (Steele et al., 2014)."""
-    with np.errstate(over="ignore"):
-        x = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
-        x = _mix(x) + np.array(indices, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        # 23 bits, so that a number times any total stays below that total after rounding (see `_invert`).
-        return (_mix(x) >> np.uint64(41)).astype(np.float32) / np.float32(1 << 23)
+    return _to_unit(_mixed(seeds, indices))
+
+
+def row_uniforms(seeds: Seq[int], indices: Seq[int], width: int) -> np.ndarray:
+    """As `uniforms`, a number for each integer of a row: float32 [S, width]. The first is that of `uniforms`."""
+    first = _mixed(seeds, indices)[:, None]
+    rest = _mix(first + np.arange(1, width, dtype=np.uint64) * _STRIDE)
+    return _to_unit(np.concatenate((first, rest), axis=1))
+
+
+def _mixed(seeds: Seq[int], indices: Seq[int]) -> np.ndarray:
+    x = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
+    return _mix(_mix(x) + np.array(indices, dtype=np.uint64) * _STRIDE)
+
+
+def _to_unit(x: np.ndarray) -> np.ndarray:
+    # 23 bits, so that a number times any total stays below that total after rounding (see `_invert`).
+    return (x >> np.uint64(41)).astype(np.float32) / np.float32(1 << 23)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -84,17 +124,24 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class Sampler:
-    """Builds each step's SamplingState and keeps, per lane, the counts that penalties need."""
+    """Builds each step's SamplingState and keeps, per lane, the counts that penalties need and what came last."""
 
-    def __init__(self, num_lanes: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, num_lanes: int, vocab_size: int, device: torch.device, width: int = 1) -> None:
         self.vocab_size = vocab_size
         self.device = device
+        self._width = width  # of the rows that are emitted
         self._num_lanes = num_lanes
         self._counts: torch.Tensor | None = None  # float32 [lanes, vocab], made when first needed
         self._seen: torch.Tensor | None = None  # bool [lanes, vocab]
+        # What was emitted last, the newest at the end; -1 before the first.
+        self._recent = torch.full((num_lanes, MAX_AVOID_REPEATS), -1, dtype=torch.int64, device=device)
 
     def start(self, params: SamplingParams, lane: int, prompt: np.ndarray, emitted: np.ndarray) -> None:
         """A sequence begins or resumes in `lane`, with its prompt's and so far emitted ids (int64)."""
+        if params.avoid_repeats:
+            last = torch.from_numpy(emitted[-MAX_AVOID_REPEATS:].copy()).to(self.device)
+            self._recent[lane] = -1
+            self._recent[lane, MAX_AVOID_REPEATS - len(last) :] = last
         if not _penalised(params):
             return
         counts, seen = self._tables()
@@ -112,21 +159,33 @@ class Sampler:
             return SamplingState(penalties=penalties, bias=bias, num_logprobs=num_logprobs)
         sampled = [p for p in params if not p.greedy]
         limits = [p.top_k for p in sampled]
+        # The second integer's number is free for a second draw of the first: heads derive that integer from the first.
+        numbers = torch.from_numpy(
+            row_uniforms([d.seed for d in draws], [d.index for d in draws], max(self._width, 2))
+        ).to(self.device)
         return SamplingState(
             greedy=self._tensor([p.greedy for p in params], torch.bool) if len(sampled) < len(params) else None,
-            temperature=self._tensor([p.temperature or 1.0 for p in params]),
-            uniform=torch.from_numpy(uniforms([d.seed for d in draws], [d.index for d in draws])).to(self.device),
+            temperature=self._tensor([1.0 if p.temperature_last else p.temperature or 1.0 for p in params]),
+            uniform=numbers[:, 0],
             top_k=self._tensor([p.top_k or self.vocab_size for p in params], torch.int64) if any(limits) else None,
             top_p=self._tensor([p.top_p for p in params]) if any(p.top_p < 1 for p in sampled) else None,
             min_p=self._tensor([p.min_p for p in params]) if any(p.min_p > 0 for p in sampled) else None,
             max_top_k=min(max(limits), self.vocab_size) if all(limits) else 0,
+            late=self._late(params) if any(p.temperature_last for p in sampled) else None,
+            repeats=self._repeats(draws, numbers[:, 1]) if any(p.avoid_repeats for p in sampled) else None,
+            rest_uniform=numbers[:, 1 : self._width],
             penalties=penalties,
             bias=bias,
             num_logprobs=num_logprobs,
         )
 
     def note(self, draws: Seq[Draw], rows: torch.Tensor) -> None:
-        """Count what the step emitted (int64 [S, width]) for the sequences that penalties apply to."""
+        """Take note of what the step emitted (int64 [S, width]) for the sequences to which it matters."""
+        at = [i for i, draw in enumerate(draws) if draw.params.avoid_repeats]
+        if at:
+            lanes = self._tensor([draws[i].lane for i in at], torch.int64)
+            newest = rows[self._tensor(at, torch.int64), :1]
+            self._recent[lanes] = torch.cat((self._recent[lanes, 1:], newest), dim=1)
         if self._counts is None or self._seen is None:
             return
         at = [i for i, draw in enumerate(draws) if _penalised(draw.params)]
@@ -135,6 +194,22 @@ class Sampler:
             ids = rows[self._tensor(at, torch.int64), 0]
             self._counts[lanes, ids] += 1
             self._seen[lanes, ids] = True
+
+    def _late(self, params: Seq[SamplingParams]) -> Late:
+        return Late(
+            rows=self._tensor([p.temperature_last for p in params], torch.bool),
+            temperature=self._tensor([p.temperature if p.temperature_last and p.temperature else 1.0 for p in params]),
+        )
+
+    def _repeats(self, draws: Seq[Draw], uniform: torch.Tensor) -> Repeats:
+        recent = self._recent[self._tensor([draw.lane for draw in draws], torch.int64)]
+        asked = self._tensor([draw.params.avoid_repeats for draw in draws], torch.int64)[:, None]
+        age = torch.arange(MAX_AVOID_REPEATS, 0, -1, device=self.device)
+        return Repeats(
+            recent=torch.where(age <= asked, recent, -1),
+            uniform=uniform,
+            top_p=torch.full_like(uniform, _SECOND_TOP_P),
+        )
 
     def _tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         if self._counts is None or self._seen is None:
@@ -196,8 +271,17 @@ def sample(logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
         logits.index_put_((state.bias.rows, state.bias.ids), state.bias.amounts, accumulate=True)
     if state.uniform is None or state.temperature is None:
         return _argmax(logits)
+    second = None if state.repeats is None else _second_draw(logits, state.repeats, state)
     drawn = _draw(torch.softmax(logits.div_(state.temperature[:, None]), dim=-1), state.uniform, state)
+    if state.repeats is not None and second is not None:
+        drawn = torch.where((state.repeats.recent == drawn[:, None]).any(dim=-1), second, drawn)
     return drawn if state.greedy is None else torch.where(state.greedy, _argmax(logits), drawn)
+
+
+def _second_draw(logits: torch.Tensor, repeats: Repeats, state: SamplingState) -> torch.Tensor:
+    """What takes the place of an id that repeats itself: int64 [S]."""
+    late = None if state.late is None else replace(state.late, temperature=torch.ones_like(repeats.top_p))
+    return _draw(torch.softmax(logits, dim=-1), repeats.uniform, replace(state, top_p=repeats.top_p, late=late))
 
 
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -221,6 +305,10 @@ def _draw(probs: torch.Tensor, uniform: torch.Tensor, state: SamplingState) -> t
     """
     if state.top_k is not None or state.top_p is not None or state.min_p is not None:
         probs.masked_fill_(probs < _least_kept(probs, state), 0.0)
+    if state.late is not None:
+        # Powers of what is at most 1 and 1 somewhere, so that a low temperature leaves something.
+        scaled = (probs / probs.amax(dim=-1, keepdim=True)).pow_(1 / state.late.temperature[:, None])
+        probs = torch.where(state.late.rows[:, None], scaled, probs)
     return _invert(probs, uniform)
 
 
@@ -234,9 +322,10 @@ def _least_kept(probs: torch.Tensor, state: SamplingState) -> torch.Tensor:
         limited = state.top_k[:, None] < probs.shape[1]
         last = (state.top_k[:, None] - 1).clamp(max=likeliest.shape[1] - 1)
         least = torch.where(limited, likeliest.gather(1, last), least)
-        total = torch.where(limited, sums.gather(1, last), total)
+        within = limited if state.late is None else limited & ~state.late.rows[:, None]
+        total = torch.where(within, sums.gather(1, last), total)
     if state.top_p is not None:
-        # Over what top-k left; the token that crosses the border stays in.
+        # Over what top-k left, or all of an untempered distribution; the token that crosses the border stays in.
         top_p = state.top_p[:, None]
         kept = (sums - likeliest < top_p * total).sum(dim=-1, keepdim=True)
         least = torch.where(top_p < 1, torch.maximum(least, likeliest.gather(1, kept - 1)), least)
@@ -248,7 +337,7 @@ def _least_kept(probs: torch.Tensor, state: SamplingState) -> torch.Tensor:
 def _likeliest(probs: torch.Tensor, state: SamplingState) -> torch.Tensor:
     """Each row's probabilities in falling order, as far as the limits need them: [S, n]."""
     if state.max_top_k:
-        return torch.topk(probs, state.max_top_k, dim=-1).values
+        return torch.topk(probs, min(state.max_top_k, probs.shape[1]), dim=-1).values
     if probs.device.type == "cpu":
         likeliest = torch.topk(probs, min(_LIKELIEST, probs.shape[1]), dim=-1).values
         if _is_enough(likeliest, probs.shape[1], state):

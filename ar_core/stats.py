@@ -22,3 +22,5 @@ class EngineStats:
     computed_tokens: int = 0  # positions that went through the backbone
     generated_tokens: int = 0
     evicted_tokens: int = 0
+    stage_batches: int = 0  # calls of the output stage that found work, and the streams in them
+    stage_items: int = 0

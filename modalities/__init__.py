@@ -1,7 +1,20 @@
 """What people send and get (chat, vision, speech), turned into positions and back. `load` is the offline face of it."""
 
-from ar_core.request import SamplingParams
-from modalities.offline import LanguageModel, load
-from modalities.text import Text
+from __future__ import annotations
 
-__all__ = ["LanguageModel", "SamplingParams", "Text", "load"]
+from typing import TYPE_CHECKING, Any
+
+from ar_core.request import SamplingParams
+
+if TYPE_CHECKING:
+    from ar_core.config import EngineConfig
+    from modalities.offline import LanguageModel
+
+__all__ = ["SamplingParams", "load"]
+
+
+def load(source: str, config: EngineConfig | None = None, **options: Any) -> LanguageModel:
+    """The model that `source` means (see `modalities.checkpoint.locate`); `options` are fields of EngineConfig."""
+    from modalities.offline import load_model  # late: who only wants the records of this package needs no torch
+
+    return load_model(source, config, **options)

@@ -1,5 +1,7 @@
 """Models in this very process, without a server.
 
+from modalities import SamplingParams, load
+
 model = load("smollm2-135m-instruct")
 print(model.generate(["The capital of France is"], SamplingParams(max_tokens=16, temperature=0))[0])
 """
@@ -28,10 +30,9 @@ _UNLIMITED = 2**31  # nobody but the caller fills the queue
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
-def load(source: str, config: EngineConfig | None = None, **options: Any) -> LanguageModel:
-    """The model that `source` means (see `modalities.checkpoint.locate`); `options` are those of EngineConfig."""
-    config = replace(config or EngineConfig(), **options)
-    return LanguageModel(source, config)
+def load_model(source: str, config: EngineConfig | None = None, **options: Any) -> LanguageModel:
+    """What `modalities.load` says."""
+    return LanguageModel(source, replace(config or EngineConfig(), **options))
 
 
 class LanguageModel:

@@ -2,21 +2,56 @@
 
 from __future__ import annotations
 
+import json
+from typing import Literal
+
 from ar_core.config import EngineConfig
 from ar_core.device import pick_device
 from ar_core.engine import Engine
-from ar_core.heads import TextHead
-from ar_core.models import load_backbone
+from ar_core.models import LoadedModel, load_model
+from ar_core.models.dual_ar_config import MODEL_TYPES as DUAL_AR_TYPES
 from modalities.checkpoint import Checkpoint
+from modalities.speech.engine import SpeechEngine
+
+Kind = Literal["chat", "speech"]
+
+
+def kind_of(checkpoint: Checkpoint) -> Kind:
+    """What a checkpoint is for, by its config.json's model_type."""
+    if checkpoint.is_gguf:
+        return "chat"
+    model_type = json.loads((checkpoint.path / "config.json").read_text()).get("model_type")
+    return "speech" if model_type in DUAL_AR_TYPES else "chat"
 
 
 def build_engine(checkpoint: Checkpoint, config: EngineConfig) -> Engine:
-    """The engine that serves this checkpoint. Raises ValueError for a model that is not supported."""
-    backbone = load_backbone(
+    """The engine of a language model. Raises ValueError for a model that is not supported."""
+    model = _load(checkpoint, config)
+    return Engine(model.backbone, model.head, config, encoders=model.encoders)
+
+
+def build_speech_engine(checkpoint: Checkpoint, config: EngineConfig) -> SpeechEngine:
+    """The engine of a dual-AR model with its codec. Raises as `build_engine` does."""
+    from audio.codec import Codec
+    from modalities.speech.codec_stage import CodecStage
+
+    model = _load(checkpoint, config)
+    codec = Codec.load(checkpoint.path, pick_device(config.device), model.backbone.dtype)
+    if codec.config.num_codebooks != model.head.width - 1:
+        raise ValueError(
+            f"the codec in {checkpoint.path} has {codec.config.num_codebooks} codes per frame, and the model emits "
+            f"{model.head.width - 1}"
+        )
+    stage = CodecStage(codec, slots=2 * config.max_running)
+    engine = Engine(model.backbone, model.head, config, encoders=model.encoders, output_stage=stage)
+    return SpeechEngine(engine, stage, codec)
+
+
+def _load(checkpoint: Checkpoint, config: EngineConfig) -> LoadedModel:
+    return load_model(
         checkpoint.path,
         device=pick_device(config.device),
         dtype=config.dtype,
         load_format=config.load_format,
         max_context=config.max_context,
     )
-    return Engine(backbone, TextHead(backbone), config)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from streaming.settings import DEFAULT_MODEL, SettingsError
+from streaming.settings import API_KEY_VARIABLE, DEFAULT_MODEL, SettingsError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -96,6 +96,32 @@ def chat(
         chat_in_terminal(model, system, sampling, options)
     except (ValueError, RuntimeError, OSError) as error:
         raise typer.Exit(_fail(error)) from error
+
+
+@app.command()
+def bench(
+    url: Annotated[str, typer.Option(help="Of any server with OpenAI's API.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="[default: the first that the server lists]")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar=API_KEY_VARIABLE, help="If the server wants one.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Streams that are open at once.")] = 16,
+    requests: Annotated[int, typer.Option(min=1, help="Streams in all.")] = 64,
+    input_tokens: Annotated[int, typer.Option(min=1, help="Length of a random prompt.")] = 128,
+    output_tokens: Annotated[int, typer.Option(min=1, help="Length of an answer, at most.")] = 64,
+    request_rate: Annotated[float | None, typer.Option(help="Starts per second. [default: no limit]")] = None,
+    dataset: Annotated[Path | None, typer.Option(help='JSON lines: {"prompt": ...} or {"messages": ...}.')] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Measure a server under load: first token, time between tokens, tokens per second. Exit status 1 on any error."""
+    from benchmarks.load import LoadError, Plan, first_model
+    from benchmarks.load import bench as run
+
+    lengths = {"input_tokens": input_tokens, "output_tokens": output_tokens}
+    try:
+        model = model or first_model(url, api_key)
+        plan = Plan(url, model, api_key, concurrency, requests, request_rate=request_rate, dataset=dataset, **lengths)
+        raise typer.Exit(run(plan, out))
+    except LoadError as error:
+        raise typer.Exit(_fail(error)) from None
 
 
 def _fail(error: Exception) -> int:

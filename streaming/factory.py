@@ -8,16 +8,26 @@ from typing import Any
 from ar_core.config import EngineConfig
 from ar_core.engine import Engine
 from modalities.checkpoint import Checkpoint
-from modalities.registry import build_engine
+from modalities.registry import build_engine, build_speech_engine, kind_of
+from modalities.speech.engine import SpeechEngine
 from streaming.messages import ModelInfo
 
 
-def build(name: str, checkpoint: str, config: dict[str, Any]) -> tuple[Engine, ModelInfo]:
+def build(name: str, checkpoint: str, config: dict[str, Any]) -> tuple[Engine | SpeechEngine, ModelInfo]:
     """`checkpoint` is a path on this machine, `config` the fields of an EngineConfig."""
-    engine = build_engine(Checkpoint(Path(checkpoint)), EngineConfig(**config))
-    info = ModelInfo(
+    located, settings = Checkpoint(Path(checkpoint)), EngineConfig(**config)
+    kind = kind_of(located)
+    if kind == "speech":
+        speech = build_speech_engine(located, settings)
+        return speech, _info(name, kind, speech.engine)
+    engine = build_engine(located, settings)
+    return engine, _info(name, kind, engine)
+
+
+def _info(name: str, kind: str, engine: Engine) -> ModelInfo:
+    return ModelInfo(
         name=name,
-        kind="chat",
+        kind=kind,
         device=str(engine.device),
         dtype=str(engine.dtype).removeprefix("torch."),
         max_context=engine.max_context,
@@ -25,4 +35,3 @@ def build(name: str, checkpoint: str, config: dict[str, Any]) -> tuple[Engine, M
         eos_token_ids=engine.eos_token_ids,
         kv_slots=engine.pool.num_slots,
     )
-    return engine, info

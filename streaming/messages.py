@@ -13,16 +13,19 @@ from functools import singledispatch
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from ar_core.request import FinishReason, Output, Request, RequestError, SamplingParams, TokenLogprob, Tokens
+from ar_core.request import FinishReason, Frames, Output, Request, RequestError, SamplingParams, TokenLogprob, Tokens
 from ar_core.stats import EngineStats
+from modalities.speech.chunks import Latency
+from modalities.speech.segments import Codes, Recording, Turn
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
     """What an engine serves, and on what."""
 
     name: str
-    kind: str  # chat
+    kind: str  # chat or speech
     device: str
     dtype: str
     max_context: int  # positions of one sequence, prompt and answer together
@@ -40,13 +43,50 @@ class TokenSegment(msgspec.Struct, frozen=True, array_like=True, tag="tokens"):
         return Tokens(ids)
 
 
-Segment = TokenSegment  # further kinds join as a union: each a tagged struct with `unpack`, and a case of `pack`
+class FrameSegment(msgspec.Struct, frozen=True, array_like=True, tag="frames"):
+    rows: bytes  # int32 [n, width]
+    width: int
+
+    def unpack(self) -> Frames:
+        return Frames(np.frombuffer(self.rows, dtype=np.int32).reshape(-1, self.width).astype(np.int64))
+
+
+class TurnSegment(msgspec.Struct, frozen=True, array_like=True, tag="turn"):
+    opening: list[TokenSegment | FrameSegment]
+    closing: list[TokenSegment | FrameSegment]
+    max_frames: int
+    latency: Latency
+    alone: bool
+
+    def unpack(self) -> Turn:
+        opening = tuple(segment.unpack() for segment in self.opening)
+        closing = tuple(segment.unpack() for segment in self.closing)
+        return Turn(opening, closing, self.max_frames, self.latency, self.alone)
+
+
+class RecordingSegment(msgspec.Struct, frozen=True, array_like=True, tag="recording"):
+    samples: bytes  # float32 [n]
+
+    def unpack(self) -> Recording:
+        return Recording(np.frombuffer(self.samples, dtype=np.float32))
+
+
+class CodesSegment(msgspec.Struct, frozen=True, array_like=True, tag="codes"):
+    codes: bytes  # int32 [K, T]
+    codebooks: int
+
+    def unpack(self) -> Codes:
+        return Codes(np.frombuffer(self.codes, dtype=np.int32).reshape(self.codebooks, -1))
+
+
+# Further kinds join here: each a tagged struct with `unpack`, and a case of `pack`.
+Segment = TokenSegment | FrameSegment | TurnSegment | RecordingSegment | CodesSegment
 
 
 @singledispatch
-def pack(segment: Any) -> Segment:
-    """A segment as it travels. Raises RequestError for one that cannot."""
-    raise RequestError(f"a {type(segment).__name__} segment cannot be sent to an engine; Tokens can", "prompt")
+def pack(segment: Any) -> Any:
+    """A segment as it travels, one of `Segment`. Raises RequestError for one that cannot."""
+    raise RequestError(f"a {type(segment).__name__} segment cannot be sent to an engine", "prompt")
 
 
 @pack.register
@@ -58,6 +98,27 @@ def _(segment: Tokens) -> TokenSegment:
         raise RequestError(
             f"token id {wrong} does not fit into 32 bits; no vocabulary is that large", "prompt"
         ) from None
+
+
+@pack.register
+def _(segment: Frames) -> FrameSegment:
+    return FrameSegment(segment.rows.astype(np.int32).tobytes(), segment.rows.shape[1])
+
+
+@pack.register
+def _(segment: Turn) -> TurnSegment:
+    opening, closing = ([pack(part) for part in parts] for parts in (segment.opening, segment.closing))
+    return TurnSegment(opening, closing, segment.max_frames, segment.latency, segment.alone)
+
+
+@pack.register
+def _(segment: Recording) -> RecordingSegment:
+    return RecordingSegment(segment.samples.astype(np.float32).tobytes())
+
+
+@pack.register
+def _(segment: Codes) -> CodesSegment:
+    return CodesSegment(segment.codes.astype(np.int32).tobytes(), segment.codes.shape[0])
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):

@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from ar_core.stats import EngineStats
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_FACTORS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5, 2.0, 5.0)
 _TOKEN_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 HTTP_REQUESTS = Counter("triptych:http_requests_total", "HTTP requests", ["endpoint", "method"])
@@ -31,6 +32,18 @@ INTER_TOKEN = Histogram(
 END_TO_END = Histogram(
     "triptych:e2e_request_latency_seconds", "Until an answer was whole", ["model_name"], buckets=_SECONDS
 )
+FIRST_AUDIO = Histogram(
+    "triptych:audio_ttfp_s", "Until the first sound left", ["model_name"], buckets=_SECONDS
+)
+REAL_TIME_FACTOR = Histogram(
+    "triptych:audio_rtf", "Time that a speech took, over its length", ["model_name"], buckets=_FACTORS
+)
+AUDIO_SECONDS = Counter("triptych:audio_duration_seconds_total", "Seconds of sound", ["model_name"])
+SPEECHES = Counter("triptych:speech_stream_completed_total", "Speeches that were finished", ["model_name"])
+UNDERRUNS = Counter(
+    "triptych:audio_underruns_total", "Chunks that left later than a listener needed them", ["model_name"]
+)
+UNDERRUN_SECONDS = Counter("triptych:audio_underrun_seconds_total", "How much later, together", ["model_name"])
 
 
 class StreamTimer:
@@ -56,6 +69,33 @@ class StreamTimer:
 
     def finish(self) -> None:
         END_TO_END.labels(self._model_name).observe(time.perf_counter() - self._start)
+
+
+class SpeechTimer:
+    """Times one speech, from its creation on, as its listener meets it."""
+
+    def __init__(self, model_name: str) -> None:
+        self._model_name = model_name
+        self._start = time.perf_counter()
+        self._runs_dry_at = 0.0  # when a listener has heard all that was sent; 0: nothing was
+
+    def chunk(self, seconds: float) -> None:
+        """So many seconds of sound leave now."""
+        now = time.perf_counter()
+        if self._runs_dry_at == 0:
+            FIRST_AUDIO.labels(self._model_name).observe(now - self._start)
+        elif now > self._runs_dry_at:
+            UNDERRUNS.labels(self._model_name).inc()
+            UNDERRUN_SECONDS.labels(self._model_name).inc(now - self._runs_dry_at)
+        self._runs_dry_at = max(self._runs_dry_at, now) + seconds
+        AUDIO_SECONDS.labels(self._model_name).inc(seconds)
+
+    def finish(self, seconds: float) -> None:
+        """The speech, `seconds` long, is whole."""
+        if seconds:
+            took = time.perf_counter() - self._start
+            REAL_TIME_FACTOR.labels(self._model_name).observe(took / seconds)
+            SPEECHES.labels(self._model_name).inc()
 
 
 def exposition(engines: Mapping[str, EngineStats | None]) -> bytes:
@@ -100,6 +140,8 @@ _ENGINE_METRICS: dict[str, tuple[type[GaugeMetricFamily] | type[CounterMetricFam
     "num_requests_total": (CounterMetricFamily, "Requests that the engine took"),
     "num_aborted_requests_total": (CounterMetricFamily, "Requests that ended by cancellation"),
     "num_preemptions_total": (CounterMetricFamily, "Times that a running request had to give up its KV"),
+    "output_stage_batches_total": (CounterMetricFamily, "Calls of what comes after the model: of the codec, for speech"),
+    "output_stage_items_total": (CounterMetricFamily, "Streams in these calls, added up"),
 }
 
 
@@ -119,4 +161,6 @@ def _figures(stats: EngineStats) -> dict[str, float]:
         "num_requests_total": stats.requests,
         "num_aborted_requests_total": stats.aborted,
         "num_preemptions_total": stats.preempted,
+        "output_stage_batches_total": stats.stage_batches,
+        "output_stage_items_total": stats.stage_items,
     }

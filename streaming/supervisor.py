@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class Supervisor:
         *,
         factory: str = ENGINE_FACTORY,
         entry: str = GATEWAY_ENTRY,
-        announce: Callable[[str], None] = print,
+        announce: Callable[[str], None] = partial(print, flush=True),  # at once, also into a pipe
     ) -> None:
         self._settings = settings
         self._models = models

@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from ar_core.request import RequestError
-from modalities import LanguageModel, SamplingParams, load
+from modalities import SamplingParams, load
+from modalities.offline import LanguageModel
 
 Messages = list[dict[str, str]]
 

@@ -40,7 +40,10 @@ class LlamaConfig:
 
     @staticmethod
     def of(config: PreTrainedConfig) -> LlamaConfig:
-        bias = bool(getattr(config, "attention_bias", False))
+        """Raises ValueError for what the family's members do not have."""
+        if config.hidden_act not in ("silu", "swish"):  # two names of one function
+            raise ValueError(f"hidden_act is {config.hidden_act!r}; a model of type {config.model_type} must have silu")
+        bias = config.model_type in ("llama", "qwen3") and config.attention_bias
         return LlamaConfig(
             vocab_size=config.vocab_size,
             dim=config.hidden_size,

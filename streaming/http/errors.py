@@ -10,6 +10,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ar_core.request import QueueFull, RequestError
+from audio.errors import AudioError
+from audio.voices import LibraryFull, UnknownVoice, VoiceExists
 from streaming.client import EngineUnavailable
 from streaming.http.schema import ErrorBody, ErrorDetail
 
@@ -77,6 +79,12 @@ def as_api_error(error: Exception) -> ApiError:
             return error
         case RequestError():
             return bad_request(str(error), error.param)
+        case UnknownVoice():
+            return ApiError(404, str(error), param="voice", code="voice_not_found")
+        case VoiceExists() | LibraryFull():
+            return ApiError(409, str(error), param="name", code="conflict")
+        case AudioError():
+            return bad_request(str(error), code="invalid_audio")
         case QueueFull():
             message = str(error) or "the queue is full"
             return try_later(f"{message}; try again in a moment", "queue_full")

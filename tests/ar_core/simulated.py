@@ -99,7 +99,9 @@ def tokens(*ids: int) -> list[Tokens]:
 
 
 def random_prompt(rng: np.random.Generator, longest: int) -> list[int]:
-    """Few different ids and a few fixed openings, so that prefixes are shared often."""
+    """Few different ids and a few fixed openings, so that prefixes are shared often, and now and then whole prompts."""
     opening = [[1, 2, 3, 4, 5, 6, 8, 9] * 3, [1, 2, 3, 4, 10, 11], []][rng.integers(3)]
+    if opening and rng.random() < 0.2:
+        return opening[:longest]
     rest = rng.integers(0, 4, size=rng.integers(1, max(2, longest - len(opening)))).tolist()
     return (opening + rest)[:longest]

@@ -27,6 +27,15 @@ def test_follows_a_sequence_with_consecutive_slots() -> None:
     assert pool.alloc(4, after=int(first[-1])).tolist() == list(range(int(first[-1]) + 1, int(first[-1]) + 5))
 
 
+def test_sequences_with_one_last_slot_get_different_next_ones() -> None:
+    """As those have that share a prompt to its end."""
+    pool = pool_of(40)
+    last = int(pool.alloc(5, room=20)[-1])
+    slots = pool.extend(np.array([last, last, last], dtype=np.int32)).tolist()
+    assert last + 1 in slots and len(set(slots)) == 3
+    assert pool.num_free == 32 == int(pool.free_mask.sum())
+
+
 def test_says_how_much_is_free_when_it_is_too_little() -> None:
     pool = pool_of(4)
     pool.alloc(3)

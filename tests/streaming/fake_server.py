@@ -19,7 +19,7 @@ from streaming.client import EngineClient, EngineUnavailable
 from streaming.messages import ModelInfo
 from streaming.settings import GatewayConfig, ModelSettings, ServerSettings
 from streaming.supervisor import Located, StartError, Supervisor, bind
-from tests.streaming.fake_engine import FakeEngine, make
+from benchmarks.fake_engine import FakeEngine, make
 from tests.streaming.hosting import ask
 
 

@@ -14,7 +14,7 @@ from ar_core.request import Output, Request, SamplingParams, Tokens
 from streaming import process
 from streaming.client import EngineClient
 from streaming.worker import Worker, WorkerSpec
-from tests.streaming import fake_engine
+from benchmarks import fake_engine
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def threaded_worker(address: str, *, send_queue: int = 1000, **options: Any) -> 
 
 async def process_worker(address: str, **arguments: Any) -> asyncio.subprocess.Process:
     return await process.start(
-        "streaming.worker", WorkerSpec("fake", address, "tests.streaming.fake_engine:make", arguments)
+        "streaming.worker", WorkerSpec("fake", address, "benchmarks.fake_engine:make", arguments)
     )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from ar_core.request import FinishReason, Output, QueueFull, RequestError
 from streaming.client import EngineClient, EngineUnavailable
-from tests.streaming.fake_engine import CRASH, EXIT
+from benchmarks.fake_engine import CRASH, EXIT
 from tests.streaming.hosting import ask, collect, connected, end, ipc, process_worker, threaded_worker, tokens, until
 
 ENDLESS = 8000

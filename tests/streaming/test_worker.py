@@ -17,7 +17,7 @@ from ar_core.request import FinishReason, RequestError
 from streaming import messages
 from streaming.client import EngineUnavailable
 from streaming.messages import Emitted, Hello, Ready, Submit
-from tests.streaming.fake_engine import FakeEngine
+from benchmarks.fake_engine import FakeEngine
 from tests.streaming.hosting import ask, collect, connected, end, ipc, process_worker, threaded_worker, tokens, until
 
 ENDLESS = 8000

@@ -116,7 +116,7 @@ def make(
     script: list[int] | None = None,
     stop_ids: tuple[int, ...] = (),
 ) -> tuple[FakeEngine, ModelInfo]:
-    """The factory that a worker is given: "tests.streaming.fake_engine:make"."""
+    """The factory that a worker is given: "benchmarks.fake_engine:make"."""
     engine = FakeEngine(
         tokens_per_second=tokens_per_second,
         max_running=max_running,

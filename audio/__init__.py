@@ -1,0 +1,1 @@
+"""Sound itself: neural codecs, exact when streamed."""

@@ -1,0 +1,1 @@
+"""Speech: what dual-AR models are asked with."""
