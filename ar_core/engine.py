@@ -48,6 +48,8 @@ class Engine:
         output_stage: OutputStage | None = None,
     ) -> None:
         device = self.device = pick_device(config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # Triton launches on the current device
         self.dtype = backbone.dtype
         num_slots = _num_slots(backbone, config, device)
         self.max_context = min(config.max_context or backbone.max_context, backbone.max_context, num_slots)

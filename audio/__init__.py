@@ -1,1 +1,1 @@
-"""Sound itself: neural codecs, exact when streamed."""
+"""Sound itself: codec networks, streaming decode, file formats, voices on disk."""

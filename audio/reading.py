@@ -36,6 +36,8 @@ _DECODERS = ",".join(name for name in av.codecs_available if _decodes_sound(name
 _OPTIONS = {"format_whitelist": _CONTAINERS, "codec_whitelist": _DECODERS, "protocol_whitelist": "none"}
 _PATIENCE = 100  # packets without sound, beyond as many as had some, before a file is given up
 
+_MP3 = (b"ID3", *(bytes([0xFF, 0xE0 | low]) for low in range(0x20)))
+
 _RATES = (1000, 768_000)  # Hz; what lies outside is no recording, and costs memory or time out of proportion
 _BLOCK_VALUES = 1 << 18  # decoded at a time, over all channels
 
@@ -67,7 +69,7 @@ def read_audio(source: bytes | str | os.PathLike[str], rate: int, limits: Readin
     if len(data) == 0:
         raise AudioError("the audio is empty: it has 0 bytes")
     if len(data) > limits.max_bytes:
-        raise AudioError(f"the audio has {len(data)} bytes; at most {limits.max_bytes} are allowed")
+        raise AudioError(f"the audio has more than {limits.max_bytes} bytes, which is the most that is allowed")
     try:
         samples = _decoded(_libsndfile_blocks, data, rate, limits.max_seconds)
     except _UndecodableError:
@@ -95,6 +97,7 @@ def _file_bytes(path: Path, max_bytes: int) -> bytes:
         return file.read(max_bytes + 1)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what becomes infinite or NaN is told in the end
 def _decoded(blocks: Callable[[bytes], Blocks], data: bytes, rate: int, max_seconds: float) -> np.ndarray:
     """Everything that a decoder gives, mixed down and at one rate."""
     parts: list[np.ndarray] = []
@@ -117,6 +120,8 @@ def _decoded(blocks: Callable[[bytes], Blocks], data: bytes, rate: int, max_seco
 
 
 def _libsndfile_blocks(data: bytes) -> Blocks:
+    if data.startswith(_MP3):
+        raise _UndecodableError("libsndfile's mp3 decoder prints what it dislikes, so FFmpeg's has it")
     try:
         with soundfile.SoundFile(_Bytes(data)) as file:
             while len(block := file.read(max(1, _BLOCK_VALUES // file.channels), dtype="float32", always_2d=True)):
@@ -168,8 +173,7 @@ def _frame_samples(frame: av.AudioFrame) -> np.ndarray:
             return (values.astype(np.float32) - 128) / 128
         case "i":
             return values.astype(np.float32) / np.float32(2.0 ** (8 * values.dtype.itemsize - 1))
-    with np.errstate(over="ignore"):  # a double that is no float becomes infinite, and is told so in the end
-        return values.astype(np.float32)
+    return values.astype(np.float32)
 
 
 def _trimmed(samples: np.ndarray, rate: int, min_seconds: float) -> np.ndarray:

@@ -100,9 +100,7 @@ class VoiceLibrary:
             self._refuse_taken(name)
             count = len(self._files())
             if count >= self._max_voices:
-                raise LibraryFull(
-                    f"there are {count} voices; at most {self._max_voices} are allowed, so delete one first"
-                )
+                raise LibraryFull(f"there are {count} voices, and {self._max_voices} are allowed; delete one first")
             self._write(voice)
         return voice
 
@@ -148,7 +146,7 @@ class VoiceLibrary:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """One writer at a time, over all processes; the system takes the lock from a writer that dies."""
-        if True:
+        with FileLock(self._folder / ".lock").acquire(poll_interval=_POLL):
             for left_behind in self._folder.glob(".new-*"):  # by a writer that died: no other one is at work now
                 left_behind.unlink()
             yield

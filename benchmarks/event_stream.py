@@ -45,7 +45,7 @@ async def post(endpoint: Endpoint, body: bytes, on_event: Callable[[bytes], None
     parts = urlsplit(endpoint.url)
     secure = parts.scheme == "https"
     loop = asyncio.get_running_loop()
-    protocol = _Stream(endpoint.request(body), on_event, loop.create_future())
+    protocol = _Stream(on_event, loop.create_future())
     transport, _ = await loop.create_connection(
         lambda: protocol,
         parts.hostname,
@@ -53,6 +53,7 @@ async def post(endpoint: Endpoint, body: bytes, on_event: Callable[[bytes], None
         ssl=ssl.create_default_context() if secure else None,
     )
     try:
+        transport.write(endpoint.request(body))
         await protocol.done
     finally:
         transport.close()
@@ -61,17 +62,12 @@ async def post(endpoint: Endpoint, body: bytes, on_event: Callable[[bytes], None
 class _Stream(asyncio.Protocol):
     """Both asyncio's protocol and the callbacks of httptools' parser."""
 
-    def __init__(self, request: bytes, on_event: Callable[[bytes], None], done: asyncio.Future[None]) -> None:
+    def __init__(self, on_event: Callable[[bytes], None], done: asyncio.Future[None]) -> None:
         self.done = done
-        self._request = request
         self._on_event = on_event
         self._parser = httptools.HttpResponseParser(self)
         self._rest = b""  # of an event that has not arrived whole
         self._refused = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
         try:

@@ -3,8 +3,8 @@
     triptych bench --url http://127.0.0.1:8000 --concurrency 64 --requests 512 --input-tokens 256 --output-tokens 128
 
 Without a dataset, prompts are random token ids sent to /v1/completions, so that lengths are exact and nothing is found
-in a cache by chance; the answers go on past their end token. A dataset is a file of JSON lines: {"prompt": TEXT} goes to
-/v1/completions, {"messages": [...]} to /v1/chat/completions.
+in a cache by chance; the answers go on past their end token. A dataset is a file of JSON lines: {"prompt": TEXT} goes
+to /v1/completions, {"messages": [...]} to /v1/chat/completions.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from benchmarks.event_stream import Endpoint, StreamError, post
 
 _RANDOM_IDS = (1000, 20000)  # ordinary tokens in any vocabulary of today
 _PERCENTILES = (50, 90, 99)
+_REQUEST_SECONDS = 600.0
 
 
 class LoadError(ValueError):
@@ -205,9 +206,12 @@ async def _measure(endpoint: Endpoint, body: bytes) -> Sample:
             sample.cached_tokens = (details.cached_tokens if details else None) or 0
 
     try:
-        await post(endpoint, body, take)
+        async with asyncio.timeout(_REQUEST_SECONDS):
+            await post(endpoint, body, take)
+    except TimeoutError:
+        sample.error = f"not finished within {_REQUEST_SECONDS:.0f} s"
     except (StreamError, OSError) as error:
-        sample.error = str(error) or type(error).__name__
+        sample.error = str(error)
     sample.end = time.perf_counter()
     return sample
 

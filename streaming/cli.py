@@ -49,6 +49,7 @@ def serve(
         str | None, typer.Option(help="Clients must send it. Better set as TRIPTYCH_API_KEY: others cannot read that.")
     ] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Largest request body. [default: 33554432]")] = None,
+    voices: Annotated[str | None, typer.Option(help="Folder of the voice library.")] = None,
     drain_seconds: Annotated[float | None, typer.Option(help="For open answers at a stop. [default: 30]")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [default: info]")] = None,
 ) -> None:

@@ -61,6 +61,7 @@ class ServerSettings(msgspec.Struct, frozen=True):
     gateways: int = 1  # processes that speak HTTP
     api_key: str | None = None
     max_body_bytes: int = 32 << 20
+    voices: str | None = None  # folder of the voice library; None: in the user's data folder
     drain_seconds: float = 30.0  # that open answers have to finish once the server is told to stop
     log_level: str = "info"
 
@@ -161,6 +162,12 @@ def _split(text: str) -> dict[str, str]:
 def _folder_name(source: str) -> str:
     """`org/model` and `/some/where/model` are both called `model`."""
     return Path(source).expanduser().resolve().name if source in {".", ".."} else Path(source).name
+
+
+def voices_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where voices are kept unless a setting says otherwise: `triptych/voices` in the user's data folder."""
+    data = environment.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "triptych" / "voices"
 
 
 def engine_config(values: Mapping[str, Any]) -> EngineConfig:

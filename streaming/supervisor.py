@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +74,10 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def _print_at_once(line: str) -> None:
+    print(line, flush=True)  # also where it goes into a pipe, whose reader waits for it
+
+
 class Supervisor:
     """Runs a server on a bound socket until it is told to stop.
 
@@ -89,7 +92,7 @@ class Supervisor:
         *,
         factory: str = ENGINE_FACTORY,
         entry: str = GATEWAY_ENTRY,
-        announce: Callable[[str], None] = partial(print, flush=True),  # at once, also into a pipe
+        announce: Callable[[str], None] = _print_at_once,
     ) -> None:
         self._settings = settings
         self._models = models

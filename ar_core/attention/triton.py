@@ -14,7 +14,8 @@ from ar_core.kernels import attention as kernels
 from ar_core.kernels.attention import NO_WINDOW, Tile
 from ar_core.kv_pool import KVPool
 
-_DECODE_PIECE = 64  # positions: a shorter piece costs more to merge than it saves
+# In positions: a shorter piece of a context costs more to merge than it saves.
+_DECODE_PIECE = 64
 _PREFILL_PIECE = 256
 
 
@@ -120,12 +121,11 @@ class TritonAttention:
 
     def _mixed(self, batch: Batch, shape: _Shape) -> list[_Work]:
         new, context = np.array(batch.query_lens), np.array(batch.context_lens)
-        several, one = np.flatnonzero(new > 1), np.flatnonzero(new == 1)
-        wide, narrow = self._wide(shape, int(new[several].sum()) * shape.group), self._narrow(shape)
+        wide, narrow = self._wide(shape), self._narrow(shape)
         planned: list[tuple[Tile, int, np.ndarray, np.ndarray]] = []
         for tile, sequences, rows, shortest in (
-            (wide, several, wide.rows, _PREFILL_PIECE),
-            (narrow, one, min(shape.group, narrow.rows), _DECODE_PIECE),
+            (wide, np.flatnonzero(new > 1), wide.rows, _PREFILL_PIECE),
+            (narrow, np.flatnonzero(new == 1), min(shape.group, narrow.rows), _DECODE_PIECE),
         ):
             if len(sequences):
                 items, merges = split_work(
@@ -149,15 +149,8 @@ class TritonAttention:
         dtype = self._pool.k[0].dtype
         return kernels.narrow_tile(shape.head_dim, shape.value_dim, shape.group, dtype, self._shared_memory)
 
-    def _wide(self, shape: _Shape, total_rows: int) -> Tile:
-        return kernels.wide_tile(
-            shape.head_dim,
-            shape.value_dim,
-            self._pool.k[0].dtype,
-            self._shared_memory,
-            total_rows=total_rows,
-            programs=2 * self._processors // shape.kv_heads,
-        )
+    def _wide(self, shape: _Shape) -> Tile:
+        return kernels.wide_tile(shape.head_dim, shape.value_dim, self._pool.k[0].dtype, self._shared_memory)
 
     def _items(self, tile: Tile, shape: _Shape) -> int:
         """How many items keep the GPU busy: each is a program for every KV head."""
@@ -198,10 +191,11 @@ def split_work(
     pieces: int,
     shortest: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The tables `items` and `merges` (see `ar_core/kernels/attention.py`) for some sequences of a batch, int [5, n]
+    """The tables `items` and `merges` of `ar_core/kernels/attention.py` for some of a batch's sequences.
 
-    and [4, m]: which ones, and for each its new positions and its length with them. A tile that would make the others
-    wait is read in pieces: none longer than `shortest` or than its share if the work were dealt to `pieces` programs.
+    sequences, new and context, each int [n], say which ones, how many positions of each are new and how long it is
+    with them. A tile that would make the others wait is read in pieces, none longer than its share if all the work
+    were dealt to `pieces` programs, or than `shortest` if that is more.
     """
     rows = new * group
     tiles = -(-rows // tile.rows)
@@ -240,6 +234,6 @@ def _round_up(numbers: np.ndarray, to: int) -> np.ndarray:
 def _limits(device: torch.device) -> tuple[int, int]:
     """The device's multiprocessors, and the shared memory in bytes that a program may have."""
     if device.type != "cuda":
-        return 8, 64 << 10
+        return 8, 160 << 10
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]

@@ -58,29 +58,23 @@ def narrow_tile(head_dim: int, value_dim: int, group: int, dtype: torch.dtype, s
     return _within(shared_memory, tile, head_dim, value_dim, dtype)
 
 
-def wide_tile(
-    head_dim: int, value_dim: int, dtype: torch.dtype, shared_memory: int, *, total_rows: int, programs: int
-) -> Tile:
-    """For several: prefill, which waits for the tensor cores.
-
-    A large tile reads keys and values fewer times; a small one is for when large ones would make fewer than
-    `programs` of `total_rows`.
-    """
+def wide_tile(head_dim: int, value_dim: int, dtype: torch.dtype, shared_memory: int) -> Tile:
+    """For several: prefill, which waits for the tensor cores."""
     if dtype.itemsize > 2:
         tile = Tile(32, 32, warps=4, stages=2, programs=2)
-    elif total_rows >= 128 * programs:
-        tile = Tile(128, 64, warps=8, stages=3, programs=1)
     else:
-        tile = Tile(64, 64, warps=4, stages=3, programs=2)
+        tile = Tile(128, 64, warps=8, stages=3, programs=1)
     return _within(shared_memory, tile, head_dim, value_dim, dtype)
 
 
 def _within(memory: int, tile: Tile, head_dim: int, value_dim: int, dtype: torch.dtype) -> Tile:
-    """The tile with as many stages as fit into `memory`."""
-    query = tile.rows * padded(head_dim) * dtype.itemsize
-    stage = tile.columns * (padded(head_dim) + padded(value_dim)) * dtype.itemsize
-    fitting = (memory - query - _SCRATCH) // stage
-    return replace(tile, stages=max(1, min(tile.stages, fitting)))
+    """The tile with as many stages as fit into `memory`, and fewer columns if that would leave only one."""
+    column = (padded(head_dim) + padded(value_dim)) * dtype.itemsize
+    free = memory - tile.rows * padded(head_dim) * dtype.itemsize - _SCRATCH
+    columns = tile.columns
+    while columns > 16 and free < 2 * columns * column:
+        columns //= 2
+    return replace(tile, columns=columns, stages=max(1, min(tile.stages, free // (columns * column))))
 
 
 def store(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:

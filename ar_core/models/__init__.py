@@ -12,6 +12,7 @@ import torch
 from ar_core.interfaces import Backbone, Head, SegmentEncoder
 from ar_core.parallel import Parallel
 
+_ALONE = Parallel()
 LOAD_FORMATS = ("auto", "dummy")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -32,7 +33,7 @@ def load_model(
     dtype: str = "auto",
     load_format: str = "auto",
     max_context: int | None = None,
-    parallel: Parallel = Parallel(),
+    parallel: Parallel = _ALONE,
 ) -> LoadedModel:
     """As `load_backbone`, of any kind of model: one that emits tokens, or one that emits frames."""
     from ar_core.heads import TextHead
@@ -56,7 +57,7 @@ def load_backbone(
     dtype: str = "auto",
     load_format: str = "auto",
     max_context: int | None = None,
-    parallel: Parallel = Parallel(),
+    parallel: Parallel = _ALONE,
 ) -> Backbone:
     """The model in `source`: a folder with config.json and safetensors, or a .gguf file.
 

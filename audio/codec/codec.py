@@ -103,6 +103,8 @@ class Codec(nn.Module):
         """
         self.check_codes(codes, 3)
         codes = codes.to(self.device)
+        if codes.shape[2] == 0:
+            return torch.zeros(len(codes), 0, device=self.device)
         samples = [
             self.decode_frames(codes[:, :, first:last], history)
             for first, last, history in self._pieces(self.decoder_plan, self.dtype, len(codes), codes.shape[2])

@@ -62,10 +62,11 @@ def load_codec(source: Path, device: torch.device, dtype: torch.dtype) -> Codec:
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype is {dtype}; a codec runs in torch.float32 or torch.bfloat16")
     file = _weights_file(source)
+    tensors = _fold_weight_norm(_read(file))
     sizes = file.with_suffix(".json")
     codec = Codec(CodecConfig.read(sizes) if sizes.exists() else CodecConfig())
     with torch.no_grad():
-        _fill(codec, _fold_weight_norm(_read(file)), file)
+        _fill(codec, tensors, file)
     codec.to(device)
     codec.decoder.to(dtype)
     if dtype == torch.float32 and device.type == "cpu":

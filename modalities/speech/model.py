@@ -75,7 +75,9 @@ class SpeechModel:
         """Ask for `text` in the voice of the references. Raises RequestError for what cannot be spoken."""
         parts = split(text, options.part_bytes)
         if not parts:
-            raise RequestError("input has nothing to speak; it must have at least one character that is no space", "input")
+            raise RequestError(
+                "input has nothing to speak; it must have at least one character that is no space", "input"
+            )
         sampling = SamplingParams(
             max_tokens=options.max_frames,
             temperature=options.temperature,

@@ -76,13 +76,11 @@ def split(text: str, max_bytes: int = MAX_BYTES, max_speakers: int = MAX_SPEAKER
 
 
 def _turns(text: str) -> Iterator[Turn]:
-    tag, start = "", 0
-    for match in SPEAKER_TAG.finditer(text):
-        if text[start : match.start()].strip():
-            yield Turn(tag, text[start : match.start()])
-        tag, start = match.group(), match.end()
-    if text[start:].strip():
-        yield Turn(tag, text[start:])
+    """The turns in which something is said."""
+    tags = ["", *SPEAKER_TAG.findall(text)]
+    for tag, said in zip(tags, SPEAKER_TAG.split(text), strict=True):
+        if said.strip():
+            yield Turn(tag, said.lstrip())
 
 
 def _packed(text: str, limit: int, levels: Sequence[Level]) -> Iterator[str]:

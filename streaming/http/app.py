@@ -25,7 +25,7 @@ from streaming.http.health import health, metrics, ready
 from streaming.http.measure import MeasureHttp
 from streaming.http.models import list_models, show_model
 from streaming.http.openapi import answers, body_of, describe, docs
-from streaming.http.served import ServedModel
+from streaming.http.served import Models
 from streaming.http.tokenize import detokenize, tokenize
 
 MAX_BODY_BYTES = 32 << 20
@@ -36,7 +36,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 def build_app(
-    engines: Mapping[str, ServedModel], *, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES
+    engines: Models, *, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES
 ) -> FastAPI:
     """The ASGI application that serves these models, by name. It starts and closes their clients."""
     app = FastAPI(

@@ -9,12 +9,14 @@ from types import FrameType
 
 import uvicorn
 
+from audio.voices import VoiceLibrary
 from modalities.chat import ChatModel
 from modalities.checkpoint import locate
+from modalities.registry import kind_of
 from streaming.client import EngineClient
 from streaming.http.app import build_app
-from streaming.http.served import ServedModel
-from streaming.settings import EngineAddress, GatewayConfig
+from streaming.http.served import ServedModel, ServedVoice
+from streaming.settings import EngineAddress, GatewayConfig, ServerSettings, voices_folder
 
 
 def run_gateway(config: GatewayConfig, sock: socket.socket) -> None:
@@ -23,7 +25,7 @@ def run_gateway(config: GatewayConfig, sock: socket.socket) -> None:
     The first signal lets open answers finish, for `drain_seconds` at most; a second one ends them at once.
     """
     settings = config.settings
-    models = {engine.name: _served(engine) for engine in config.engines}
+    models = {engine.name: _served(engine, settings) for engine in config.engines}
     app = build_app(models, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes)
     serve(app, sock, drain_seconds=settings.drain_seconds)
 
@@ -53,10 +55,13 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _served(engine: EngineAddress) -> ServedModel:
-    return ServedModel(
-        name=engine.name,
-        created=int(time.time()),
-        client=EngineClient(engine.address),
-        chat=ChatModel(locate(engine.checkpoint)),
-    )
+def _served(engine: EngineAddress, settings: ServerSettings) -> ServedModel | ServedVoice:
+    checkpoint, client, created = locate(engine.checkpoint), EngineClient(engine.address), int(time.time())
+    if kind_of(checkpoint) == "chat":
+        return ServedModel(engine.name, created, client, ChatModel(checkpoint))
+    from modalities.speech.model import SpeechModel  # late: a gateway that only chats needs no codec
+    from streaming.speech.references import References
+
+    speech = SpeechModel(checkpoint)
+    library = VoiceLibrary(settings.voices or voices_folder(), codec=speech.codec_fingerprint)
+    return ServedVoice(engine.name, created, client, speech, References(speech, library, client.submit))

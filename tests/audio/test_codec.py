@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from audio.codec import Codec, CodecConfig, TransformerConfig
+from audio.codec.history import Beginning
+from audio.codec.layers import Snake
+from audio.codec.snake import fused_snake
 from tests.audio.tiny_codec import FOLDER, golden, greedy_speech, some_codes, some_sound, tiny_codec
 
 SMALL = CodecConfig(
@@ -63,8 +66,6 @@ def test_samples_after_a_rows_length_do_not_count():
 def test_a_sound_of_several_pieces_is_one_sound():
     codes = some_codes(150)
     samples = tiny_codec().decode(codes[None])
-    from audio.codec.history import Beginning
-
     with torch.no_grad():
         at_once = tiny_codec().decode_frames(codes[None], Beginning())
     torch.testing.assert_close(samples, at_once, atol=2e-5, rtol=0)
@@ -78,6 +79,16 @@ def test_codes_above_a_codebook_mean_its_last_entry():
     beyond[:, 2:] = last + torch.tensor([1, 5000])
     at_end[:, 2:] = last
     assert torch.equal(tiny_codec().decode(beyond[None]), tiny_codec().decode(at_end[None]))
+
+
+def test_the_gpus_snake_is_the_layers():
+    layer = Snake(24)
+    with torch.no_grad():
+        layer.alpha.copy_(torch.linspace(-2, 3, 24))
+        x = torch.randn(2, 77, 24) * 3
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        got = fused_snake(x.to(device), layer.alpha.to(device)).cpu()
+        torch.testing.assert_close(got, layer(x, Beginning()), atol=2e-6, rtol=1e-5)
 
 
 def test_no_frames_are_no_samples():
@@ -150,14 +161,14 @@ def test_training_lowers_the_loss():
     wav = torch.sin(torch.arange(16 * SMALL.frame_size) * 0.3)[None] * 0.5
     optimizer = torch.optim.Adam(codec.parameters(), 3e-3)
     losses = []
-    for _ in range(30):
+    for _ in range(50):
         samples, quantized = codec(wav)
         loss = (samples - wav).square().mean() + 0.05 * quantized.commitment_loss + 0.2 * quantized.codebook_loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float((samples - wav).square().mean().detach()))
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.3 * losses[0]
 
 
 def test_fewer_codebooks_can_be_trained_at_once():
@@ -181,7 +192,10 @@ def test_what_training_sees_is_what_decoding_gives():
         ({"n_codebooks": 0}, "n_codebooks is 0; it must be at least 1"),
         ({"latent_dim": 64}, "transformer.dim is 32; it must be latent_dim, 64"),
         ({"decoder_dim": 18}, "decoder_dim is 18; it must halve 2 times"),
-        ({"encoder_transformer_layers": [0]}, "encoder_transformer_layers has 1 numbers; it needs one for each of the 2"),
+        (
+            {"encoder_transformer_layers": [0]},
+            "encoder_transformer_layers has 1 numbers; it needs one for each of the 2",
+        ),
         ({"depth": 3}, "unknown codec setting depth; known are"),
         ({"transformer": {"heads": 3}}, "unknown codec setting transformer.heads; known are"),
     ],

@@ -26,8 +26,8 @@ class Life:
 
 
 def lives(largest: int) -> st.SearchStrategy[list[Life]]:
-    pieces = st.lists(st.integers(0, largest), min_size=1, max_size=6)
-    return st.lists(st.builds(Life, st.integers(0, 6), pieces), min_size=1, max_size=6)
+    pieces = st.lists(st.integers(0, largest), min_size=1, max_size=5)
+    return st.lists(st.builds(Life, st.integers(0, 6), pieces), min_size=1, max_size=5)
 
 
 def stream(streamer, plan: list[Life], inputs: list[torch.Tensor], call, finish) -> list[torch.Tensor]:
@@ -54,8 +54,8 @@ def stream(streamer, plan: list[Life], inputs: list[torch.Tensor], call, finish)
     return [torch.cat(pieces, -1) for pieces in outputs]
 
 
-@settings(max_examples=30, deadline=None)
-@given(lives(9))
+@settings(max_examples=20, deadline=None)
+@given(lives(8))
 def test_any_split_of_any_streams_gives_the_samples_of_whole_decodes(plan):
     decoder = StreamingDecoder(tiny_codec(), SLOTS)
     codes = [some_codes(sum(life.pieces), seed) for seed, life in enumerate(plan)]
@@ -68,8 +68,8 @@ def test_any_split_of_any_streams_gives_the_samples_of_whole_decodes(plan):
         torch.testing.assert_close(samples, tiny_codec().decode(whole[None])[0], atol=TOLERANCE, rtol=0)
 
 
-@settings(max_examples=15, deadline=None)
-@given(lives(7000))
+@settings(max_examples=10, deadline=None)
+@given(lives(5000))
 def test_any_split_of_any_streams_gives_the_codes_of_whole_encodes(plan):
     encoder = StreamingEncoder(tiny_codec(), SLOTS)
     sounds = [some_sound(sum(life.pieces), seed) for seed, life in enumerate(plan)]
@@ -97,13 +97,14 @@ def test_streamed_codes_are_the_references(samples):
     assert torch.equal(torch.cat([*pieces, encoder.finish(slot)], 1), golden()["codes"].long())
 
 
-def test_a_long_stream_outgrows_no_table():
+def test_a_long_stream_outgrows_no_table(monkeypatch):
+    monkeypatch.setattr("audio.codec.transformer._FIRST_POSITIONS", 8)
     codec = Codec.load(FOLDER)
-    codes = some_codes(4200)
+    codes = some_codes(40)
     decoder = StreamingDecoder(codec, 1)
     slot = decoder.open()
-    pieces = [decoder.decode({slot: piece})[slot] for piece in codes.split(700, 1)]
-    torch.testing.assert_close(torch.cat(pieces), codec.decode(codes[None])[0], atol=TOLERANCE, rtol=0)
+    pieces = [decoder.decode({slot: piece})[slot] for piece in codes.split(6, 1)]
+    torch.testing.assert_close(torch.cat(pieces), tiny_codec().decode(codes[None])[0], atol=TOLERANCE, rtol=0)
 
 
 def test_bfloat16_streams_stay_near_their_whole_decode():

@@ -65,14 +65,18 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, stored):
 
 def test_a_codec_of_other_sizes_is_told_apart(tmp_path):
     shutil.copy(FOLDER / "codec.pth", tmp_path / "codec.pth")
-    (tmp_path / "codec.json").write_text((FOLDER / "codec.json").read_text().replace('"codebook_size": 128', '"codebook_size": 64'))
-    with pytest.raises(CodecWeightError, match=r"quantizers.0.codebook.weight is \[128, 8\], not \[64, 8\].*and 1 more"):
+    (tmp_path / "codec.json").write_text(
+        (FOLDER / "codec.json").read_text().replace('"codebook_size": 128', '"codebook_size": 64')
+    )
+    with pytest.raises(
+        CodecWeightError, match=r"quantizers.0.codebook.weight is \[128, 8\], not \[64, 8\].*and 1 more"
+    ):
         Codec.load(tmp_path)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "codec.pth").write_bytes(b"not a checkpoint")
-    with pytest.raises(CodecWeightError, match="codec.pth is no file of plain tensors"):
+    with pytest.raises(CodecWeightError, match=r"codec.pth is no file of plain tensors"):
         Codec.load(tmp_path)
 
 

@@ -153,7 +153,7 @@ def test_limits_can_be_set() -> None:
     for limits, message in [
         (ReadingLimits(min_seconds=3), "at least 3 s"),
         (ReadingLimits(max_seconds=1.5), "longer than 1.5 s"),
-        (ReadingLimits(max_bytes=1000), "has 192... bytes; at most 1000"),
+        (ReadingLimits(max_bytes=1000), "more than 1000 bytes"),
     ]:
         with pytest.raises(AudioError, match=message):
             read_audio(data, RATE, limits)

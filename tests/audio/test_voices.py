@@ -248,11 +248,12 @@ def run_together(work: Callable[..., None], folder: Path, count: int) -> list[An
     workers = [PROCESSES.Process(target=work, args=(folder, i, barrier, results)) for i in range(count)]
     for w in workers:
         w.start()
-    found = [results.get(timeout=60) for _ in workers]
-    for w in workers:
-        w.join(timeout=60)
-        assert w.exitcode == 0
-    return found
+    try:
+        return [results.get(timeout=60) for _ in workers]
+    finally:
+        for w in workers:
+            w.join(timeout=5)
+            w.kill()
 
 
 def test_of_those_who_add_the_same_name_at_the_same_time_one_succeeds(tmp_path: Path) -> None:

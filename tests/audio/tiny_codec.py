@@ -32,7 +32,9 @@ def greedy_speech(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 def some_codes(frames: int, seed: int = 0) -> torch.Tensor:
     """Codes [K, frames], different for each seed."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.stack([torch.randint(0, n, (frames,), generator=generator) for n in tiny_codec().config.codebook_sizes])
+    return torch.stack(
+        [torch.randint(0, n, (frames,), generator=generator) for n in tiny_codec().config.codebook_sizes]
+    )
 
 
 def some_sound(samples: int, seed: int = 0) -> torch.Tensor:
