@@ -141,7 +141,7 @@ class _Bytes(io.BytesIO):
 
 
 def _ffmpeg_blocks(data: bytes) -> Blocks:
-    decoded, fruitless = 0, 0
+    decoded, fruitless, to_float = 0, 0, _ToFloat()
     try:
         with av.open(io.BytesIO(data), mode="r", options=_OPTIONS, metadata_errors="replace") as container:
             stream = container.streams.best("audio")
@@ -156,7 +156,7 @@ def _ffmpeg_blocks(data: bytes) -> Blocks:
                 if fruitless > decoded + _PATIENCE:
                     break
                 for frame in frames:
-                    yield frame.sample_rate, _frame_samples(frame)
+                    yield frame.sample_rate, to_float(frame)
     except (av.FFmpegError, IndexError) as error:  # PyAV's IndexError: a track that turns up in mid-file
         if decoded == 0:
             raise _UndecodableError(getattr(error, "strerror", "its tracks are not those it names")) from error
@@ -164,16 +164,25 @@ def _ffmpeg_blocks(data: bytes) -> Blocks:
         raise _UndecodableError(f"{fruitless} of its packets gave no sound, {decoded} did")
 
 
-def _frame_samples(frame: av.AudioFrame) -> np.ndarray:
-    """float32 [n, channels] of a frame in any of FFmpeg's sample formats."""
-    values = frame.to_ndarray()
-    values = values.T if frame.format.is_planar else values.reshape(frame.samples, -1)
-    match values.dtype.kind:
-        case "u":
-            return (values.astype(np.float32) - 128) / 128
-        case "i":
-            return values.astype(np.float32) / np.float32(2.0 ** (8 * values.dtype.itemsize - 1))
-    return values.astype(np.float32)
+class _ToFloat:
+    """Frames in any of FFmpeg's sample formats to float32 [n, channels].
+
+    Interleaved by FFmpeg, as PyAV looks for the planes of 8 and more channels in memory that is not the frame's.
+    """
+
+    def __init__(self) -> None:
+        self._kind: tuple[str, str, int] | None = None
+        self._resampler = av.AudioResampler(format="flt")
+
+    def __call__(self, frame: av.AudioFrame) -> np.ndarray:
+        kind = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if kind != self._kind:
+            self._kind, self._resampler = kind, av.AudioResampler(format="flt")
+        frame.pts = None
+        none = np.zeros((0, frame.layout.nb_channels), np.float32)
+        return np.concatenate(
+            [none, *(f.to_ndarray().reshape(-1, none.shape[1]) for f in self._resampler.resample(frame))]
+        )
 
 
 def _trimmed(samples: np.ndarray, rate: int, min_seconds: float) -> np.ndarray:

@@ -99,7 +99,7 @@ class Codec(nn.Module):
         """Codes, integers [B, K, T] -> samples float32 [B, T * frame_size] in -1 to 1.
 
         A code above its codebook's size means the last entry. Raises ValueError for other shapes, and for codes below 0
-        where they can be seen without waiting for a device.
+        unless they lie on a GPU, where looking would mean waiting; there they mean the first entry.
         """
         self.check_codes(codes, 3)
         codes = codes.to(self.device)

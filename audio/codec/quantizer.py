@@ -54,8 +54,8 @@ class ResidualQuantizer(nn.Module):
         return torch.stack(codes, -1)
 
     def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes int64 [B, T, K] -> [B, T, latent]. A code above its codebook's size means the last entry."""
-        entries = F.embedding(torch.minimum(codes, self.last) + self.offsets, self.codebooks)
+        """Codes int [B, T, K] -> [B, T, latent]. A code beyond its codebook's entries means the nearest of them."""
+        entries = F.embedding(torch.minimum(codes.clamp_min(0), self.last) + self.offsets, self.codebooks)
         # The sum over k of out_proj[k] entry[k], as one product.
         weight = self.out_proj.transpose(0, 1).flatten(1)
         return F.linear(entries.flatten(2), weight, self.out_bias.sum(0))

@@ -99,7 +99,7 @@ class SpeechModel:
     def _turn(self, text: str, options: SpeechOptions) -> Turn:
         return Turn(
             opening=tuple(opening(self.tokenizer, text)),
-            closing=tuple(closing(self.tokenizer)),
+            closing=(closing(self.tokenizer),),
             max_frames=min(options.max_frames, self._most_frames(text)),
             latency=options.latency,
             alone=not options.remember,

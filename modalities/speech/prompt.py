@@ -46,7 +46,7 @@ def conversation(
     """
     if len(finished) >= len(batches):
         raise ValueError(f"{len(finished)} batches are finished, of {len(batches)}; there is none left to speak")
-    parts = [*_system(tokenizer, references), *_turn(tokenizer, batches[0])]
+    parts = [*system(tokenizer, references), *opening(tokenizer, batches[0])]
     for rows, text in zip(finished, batches[1:]):
         parts += continuation(tokenizer, rows, text)
     return _joined(parts)
@@ -58,20 +58,21 @@ def continuation(tokenizer: SpeechTokenizer, rows: np.ndarray, text: str) -> lis
     rows: what the model emitted for it, int64 [n, K + 1].
     """
     rows = np.asarray(rows, dtype=np.int64)
-    return _joined([Frames(rows[tokenizer.is_frame(rows)]), _end(tokenizer), *_turn(tokenizer, text)])
+    return _joined([Frames(rows[tokenizer.is_frame(rows)]), closing(tokenizer), *opening(tokenizer, text)])
 
 
-def _system(tokenizer: SpeechTokenizer, references: Sequence[Reference]) -> list[Segment]:
-    opening = _open(tokenizer, "system")
+def system(tokenizer: SpeechTokenizer, references: Sequence[Reference]) -> list[Segment]:
+    """What every conversation begins with."""
+    start = _open(tokenizer, "system")
     if not references:
-        return [opening, Tokens(tokenizer.plain(_ASK)), _end(tokenizer)]
+        return [start, Tokens(tokenizer.plain(_ASK)), closing(tokenizer)]
     return [
-        opening,
+        start,
         Tokens(tokenizer.plain(_ASK_WITH_VOICE)),
         Tokens(tokenizer.spoken("\n".join(_tagged(ref.text, i) for i, ref in enumerate(references)))),
         Tokens(tokenizer.plain("\n\nSpeech:\n")),
         Frames(np.concatenate([tokenizer.rows(ref.codes) for ref in references])),
-        _end(tokenizer),
+        closing(tokenizer),
     ]
 
 
@@ -80,12 +81,12 @@ def _tagged(text: str, speaker: int) -> str:
     return text if SPEAKER_TAG.search(text) else f"<|speaker:{speaker}|>{text}"
 
 
-def _turn(tokenizer: SpeechTokenizer, text: str) -> list[Segment]:
+def opening(tokenizer: SpeechTokenizer, text: str) -> list[Segment]:
     """The user's text, and the opening of the answer."""
     return [
         _open(tokenizer, "user"),
         Tokens(tokenizer.spoken(text)),
-        _end(tokenizer),
+        closing(tokenizer),
         _open(tokenizer, "assistant"),
         Tokens([tokenizer.special("<|voice|>")]),
     ]
@@ -95,7 +96,8 @@ def _open(tokenizer: SpeechTokenizer, role: str) -> Tokens:
     return Tokens([tokenizer.special("<|im_start|>"), *tokenizer.plain(f"{role}\n")])
 
 
-def _end(tokenizer: SpeechTokenizer) -> Tokens:
+def closing(tokenizer: SpeechTokenizer) -> Tokens:
+    """The end of a message."""
     return Tokens([tokenizer.special(END), *tokenizer.plain("\n")])
 
 

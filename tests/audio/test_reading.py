@@ -21,6 +21,8 @@ from tests.audio.sounds import decoded, dominant_hertz, tone
 RATE = 24000
 CONTAINERS = [  # (FFmpeg's muxer, codec, channels, Hz)
     ("mp4", "aac", 2, 48000),
+    ("wv", "wavpack", 8, 44100),
+    ("w64", "pcm_s16le", 16, 16000),
     ("ipod", "alac", 1, 44100),
     ("webm", "libopus", 2, 48000),
     ("matroska", "pcm_f64le", 2, 96000),
@@ -40,7 +42,7 @@ def muxed(muxer: str, codec: str, channels: int, rate: int, sound: np.ndarray, v
     file = io.BytesIO()
     with av.open(file, "w", format=muxer) as container:
         stream = container.add_stream(codec, rate=rate)
-        stream.codec_context.layout = {1: "mono", 2: "stereo", 6: "5.1"}[channels]
+        stream.codec_context.layout = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1", 16: "hexadecagonal"}[channels]
         if video:
             picture = container.add_stream("mpeg4", rate=25)
             picture.width, picture.height, picture.pix_fmt = 64, 48, "yuv420p"
