@@ -83,7 +83,9 @@ class FrameHead:
         )
 
     def _penalties(self, penalties: Penalties) -> Penalties:
-        return replace(penalties, counts=penalties.counts[:, self._ids], seen=penalties.seen[:, self._ids])
+        """Only what was emitted counts: the frames of a prompt are not something to keep away from."""
+        counts = penalties.counts[:, self._ids]
+        return replace(penalties, counts=counts, seen=counts > 0)
 
     def _bias(self, bias: Bias) -> Bias:
         columns = self._columns[bias.ids]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Literal
 
+import torch
+
 from ar_core.config import EngineConfig
 from ar_core.device import pick_device
 from ar_core.engine import Engine
@@ -36,7 +38,9 @@ def build_speech_engine(checkpoint: Checkpoint, config: EngineConfig) -> SpeechE
     from modalities.speech.codec_stage import CodecStage
 
     model = _load(checkpoint, config)
-    codec = Codec.load(checkpoint.path, pick_device(config.device), model.backbone.dtype)
+    device = pick_device(config.device)
+    # On a CPU bfloat16 is slower in convolutions.
+    codec = Codec.load(checkpoint.path, device, torch.float32 if device.type == "cpu" else model.backbone.dtype)
     if codec.config.num_codebooks != model.head.width - 1:
         raise ValueError(
             f"the codec in {checkpoint.path} has {codec.config.num_codebooks} codes per frame, and the model emits "

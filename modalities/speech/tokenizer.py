@@ -22,7 +22,7 @@ class SpeechTokenizer:
     def __init__(self, folder: Path) -> None:
         file = folder / "tokenizer.json"
         if not file.exists():
-            raise FileNotFoundError(f"{folder} has no tokenizer.json")
+            raise FileNotFoundError(f"{folder} has no tokenizer.json, the only form of tokenizer that is read")
         self._tokenizer = Tokenizer.from_file(str(file))
         # Special tokens are looked up by name, never found in a text: it is the text of a stranger.
         self._tokenizer.encode_special_tokens = True

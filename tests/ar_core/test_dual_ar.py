@@ -252,6 +252,14 @@ def test_penalties_count_emitted_ids(model: LoadedModel, prompts: dict[str, list
     assert len(set(plain.tokens)) < 24 and len(set(penalised.tokens)) == 24
 
 
+def test_frames_of_the_prompt_are_not_penalised(golden: dict[str, torch.Tensor], model: LoadedModel) -> None:
+    frames = golden["frames_noref"]
+    n = next(n for n in range(24) if frames[n, 0] in frames[:n, 0])
+    prompt = segments(torch.cat((golden["prompt_noref"].T, frames[:n])), range(272, 528))
+    params = SamplingParams(max_tokens=1, temperature=0, repetition_penalty=10.0)
+    assert engine_of(model).generate([Request("a", prompt, params)])[0].rows == [frames[n].tolist()]
+
+
 def test_logprobs_are_of_the_id_among_those_allowed(
     golden: dict[str, torch.Tensor], model: LoadedModel, prompts: dict[str, list[Any]]
 ) -> None:

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from ar_core.request import RequestError, SamplingParams
-from ar_core.sampling import Draw, Sampler, SamplingState, emit, sample, uniforms
+from ar_core.sampling import Draw, Sampler, SamplingState, emit, row_uniforms, sample, uniforms
 
 VOCAB = 600
 DRAWS = 4000
@@ -60,6 +60,43 @@ def reference(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 def test_draws_follow_the_limited_distribution(params: SamplingParams, spread: float) -> None:
     logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(1)) * spread
     assert (shares(logits, params) - reference(logits, params)).abs().max() < 1.5 / DRAWS
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 1.5])
+def test_a_late_temperature_applies_to_what_the_limits_leave_of_the_untempered_distribution(temperature: float) -> None:
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(4)) * 2
+    params = SamplingParams(temperature=temperature, top_k=30, top_p=0.6, temperature_last=True)
+    probs, order = logits.softmax(-1).sort(descending=True)
+    kept = min(30, int((probs.cumsum(0) - probs < 0.6).sum()))
+    right = torch.zeros(VOCAB)
+    right[order[:kept]] = (logits[order[:kept]] / temperature).softmax(-1)
+    assert 1 < kept < 30
+    assert (shares(logits, params) - right).abs().max() < 1.5 / DRAWS
+
+
+def test_a_repeated_id_is_drawn_again_and_the_second_draw_stands() -> None:
+    """Within the window, within top-p 0.9, untempered, and whatever it brings."""
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    params = SamplingParams(temperature=0.5, avoid_repeats=2)
+    sampler = Sampler(DRAWS + 1, 4, torch.device("cpu"))
+    draws = [Draw(params, i, i, 7) for i in range(DRAWS)]
+    for i in range(DRAWS):
+        sampler.start(params, i, np.array([1, 1]), np.array([2, 2, 3]))
+    sampler.note(draws, torch.zeros(DRAWS, 1, dtype=torch.int64))
+    first = (probs.log() / 0.5).softmax(-1)
+    second = torch.tensor([0.5, 0.3, 0.15, 0.0]) / 0.95
+    repeated = torch.tensor([True, False, False, True])  # 2 is too long ago, 1 only in the prompt
+    right = torch.where(repeated, 0.0, first) + first[repeated].sum() * second
+    ids = sample(probs.log().expand(DRAWS, -1).clone(), sampler.state(draws))
+    assert (torch.bincount(ids, minlength=4) / DRAWS - right).abs().max() < 0.025
+
+
+def test_every_integer_of_a_row_has_a_number_of_its_own() -> None:
+    seeds, indices = list(range(40)) * 25, [i // 40 for i in range(1000)]
+    numbers = row_uniforms(seeds, indices, 11)
+    assert (numbers[:, 0] == uniforms(seeds, indices)).all()
+    assert (numbers >= 0).all() and (numbers < 1).all() and len(np.unique(numbers)) > 10_900
+    assert abs(np.corrcoef(numbers.T) - np.eye(11)).max() < 0.12
 
 
 def test_penalties_and_bias() -> None:
@@ -160,6 +197,7 @@ def test_logprobs_are_of_the_models_own_distribution() -> None:
         ("frequency_penalty", -2.1),
         ("repetition_penalty", 0.0),
         ("logprobs", 21),
+        ("avoid_repeats", 65),
     ],
 )
 def test_out_of_range_parameters_name_themselves(field: str, value: float) -> None:
