@@ -132,7 +132,8 @@ def first_model(url: str, api_key: str | None) -> str:
 def bench(plan: Plan, out: Path | None) -> int:
     """Make the load, print how it went and perhaps write it; the exit status is 1 if a request failed."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(plan.model, total=plan.requests)
         samples, seconds = uvloop.run(run(plan, lambda _: bar.advance(task)))
     figures = report(plan, samples, seconds)

@@ -6,7 +6,6 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -173,24 +172,23 @@ def voices_folder(environment: Mapping[str, str] = os.environ) -> Path:
 def engine_config(values: Mapping[str, Any]) -> EngineConfig:
     """Raises SettingsError for a value that no engine could use."""
     converted = {key: _convert(key, value, _ENGINE_TYPES[key]) for key, value in values.items()}
-    config = EngineConfig(**converted)
-    _check_engine(config)
+    try:
+        config = EngineConfig(**converted)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+    _check_words(config)
     return config
 
 
-def _check_engine(config: EngineConfig) -> None:
-    counts = ("max_running", "max_queue", "max_step_tokens", "max_context", "kv_slots")
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
+def _check_words(config: EngineConfig) -> None:
     for name, allowed, ok in (
         ("device", "auto, cpu, cuda or cuda:N", re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device)),
         ("dtype", "auto, bfloat16, float16 or float32", config.dtype in {"auto", "bfloat16", "float16", "float32"}),
         ("load_format", "auto or dummy", config.load_format in {"auto", "dummy"}),
         ("attention", "auto, torch or triton", config.attention in {"auto", "torch", "triton"}),
-        ("memory_fraction", "above 0 and at most 1", 0 < config.memory_fraction <= 1),
-        *((name, "at least 1", values[name] is None or values[name] >= 1) for name in counts),
     ):
         if not ok:
-            raise SettingsError(f"{name} is {values[name]}; it must be {allowed}")
+            raise SettingsError(f"{name} is {getattr(config, name)}; it must be {allowed}")
 
 
 def _check_server(settings: ServerSettings) -> None:
@@ -199,7 +197,7 @@ def _check_server(settings: ServerSettings) -> None:
         ("port", "between 0 and 65535", 0 <= settings.port <= 65535),
         ("gateways", "between 1 and 64", 1 <= settings.gateways <= 64),
         ("max_body_bytes", "at least 1024", settings.max_body_bytes >= 1024),
-        ("drain_seconds", "at least 0", settings.drain_seconds >= 0),
+        ("drain_seconds", "between 0 and 86400", 0 <= settings.drain_seconds <= 86400),
         ("log_level", ", ".join(levels), settings.log_level in levels),
     ):
         if not ok:

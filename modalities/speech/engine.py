@@ -51,8 +51,8 @@ class _Speech:
 class SpeechEngine:
     """The verbs of `ar_core.Engine`, for requests as in `segments.py`.
 
-    Outputs of speech have samples as payload, float32 bytes; the rows of all turns follow one another. An encoded
-    recording has its codes as payload, int32 bytes [K, T]; decoded codes their samples.
+    Outputs of speech have samples as payload, float32 bytes; the rows of all turns follow one another, without those that
+    end a turn but for the last. An encoded recording has its codes as payload, int32 bytes [K, T]; decoded codes their samples.
     """
 
     def __init__(self, engine: Engine, stage: CodecStage, codec: Codec) -> None:
@@ -91,7 +91,8 @@ class SpeechEngine:
                 self._between.remove(speech)
             self._ended.append(_output(speech, [], FinishReason.ABORT))
             self._stage.close(request_id)
-        elif self._coding.pop(request_id, None) is not None:
+        elif (work := self._coding.pop(request_id, None)) is not None:
+            work.cancel()
             self._ended.append(Output(request_id, [], 0, 0, finish=FinishReason.ABORT))
 
     def step(self) -> list[Output]:
@@ -173,8 +174,9 @@ class SpeechEngine:
 
     def _take(self, speech: _Speech, output: Output) -> Output:
         """An output of the engine as one of the whole request."""
-        speech.spoken[speech.at] += output.rows[:-1] if output.finish is FinishReason.STOP else output.rows
-        finish = output.finish
+        finish, rows = output.finish, output.rows
+        spoken = rows[:-1] if finish is FinishReason.STOP else rows
+        speech.spoken[speech.at] += spoken
         if speech.at == 0:
             speech.prompt_tokens, speech.cached_tokens = output.prompt_tokens, output.cached_tokens
         if finish is not None:
@@ -183,17 +185,19 @@ class SpeechEngine:
                 speech.at += 1
                 speech.spoken.append([])
                 self._between.append(speech)
-                finish = None
+                finish, rows = None, spoken
             else:
                 self._stage.close(speech.request.id)
                 del self._speeches[speech.request.id]
-        return replace(_output(speech, output.rows, finish), payload=output.payload, error=output.error)
+        return replace(_output(speech, rows, finish), payload=output.payload, error=output.error)
 
     # Recordings and codes
 
     def _code(self, request: Request, work: Callable[[], bytes]) -> None:
         if request.id in self._coding:
             raise RequestError(f"request id {request.id!r} is in use", "id")
+        if len(self._coding) >= self.engine.scheduler.max_queue:
+            raise QueueFull(f"{len(self._coding)} recordings are waiting for the codec already")
         self._coding[request.id] = self._coder.submit(work)
 
     def _coded(self, *, may_wait: bool) -> list[Output]:

@@ -11,20 +11,21 @@ from pathlib import Path
 import numpy as np
 
 from ar_core.models.dual_ar_config import DualARConfig
-from ar_core.request import Request, RequestError, SamplingParams
+from ar_core.request import Frames, Request, RequestError, SamplingParams, Tokens
 from audio.codec import CodecConfig
 from modalities.checkpoint import Checkpoint
 from modalities.speech.chunks import PACES, Latency
-from modalities.speech.prompt import Reference, closing, opening, system
-from modalities.speech.segments import Turn
+from modalities.speech.prompt import Recorded, closing, opening, system
+from modalities.speech.segments import Prompt, Turn
 from modalities.speech.split import MAX_BYTES, split
-from modalities.speech.tokenizer import SpeechTokenizer
+from modalities.speech.tokenizer import SPEAKER_TAG, SpeechTokenizer
 
 _AVOID_REPEATS = 10  # emitted tokens that are looked back at
 # No voice needs longer for a byte of text than this, pauses included; who speaks longer has lost the thread.
 _SECONDS_PER_BYTE = 0.35
 _SECONDS_AT_LEAST = 6.0
 _FINGERPRINT_BYTES = 1 << 20
+_NOT_IN_A_TAG = str.maketrans({"[": "(", "]": ")", "\n": " ", "\r": " "})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class SpeechOptions:
     max_frames: int = 1024  # of each part of the text
     part_bytes: int = MAX_BYTES  # a longer text is spoken in parts
     remember: bool = True  # parts are spoken with those before them in mind
+    style: str = ""  # how it is said, in free words: each part begins with it, in brackets
     latency: Latency = "normal"
     priority: int = 0
     cache_salt: str = ""
@@ -51,6 +53,14 @@ class SpeechOptions:
         ):
             if not ok:
                 raise RequestError(f"{name} is {getattr(self, name)}; it must be {allowed}", name)
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What was spoken before: a text, and the rows that the model emitted for it, int64 [n, K + 1]."""
+
+    text: str
+    rows: np.ndarray
 
 
 class SpeechModel:
@@ -70,9 +80,17 @@ class SpeechModel:
         return self.codec.sample_rate
 
     def request(
-        self, request_id: str, text: str, references: Sequence[Reference] = (), options: SpeechOptions = SpeechOptions()
+        self,
+        request_id: str,
+        text: str,
+        references: Sequence[Recorded] = (),
+        options: SpeechOptions = SpeechOptions(),
+        before: Sequence[Said] = (),
     ) -> Request:
-        """Ask for `text` in the voice of the references. Raises RequestError for what cannot be spoken."""
+        """Ask for `text` in the voice of the references, going on from what was said `before` as far as that fits.
+
+        Raises RequestError for what cannot be spoken.
+        """
         parts = split(text, options.part_bytes)
         if not parts:
             raise RequestError(
@@ -89,8 +107,22 @@ class SpeechModel:
             avoid_repeats=0 if options.temperature == 0 else _AVOID_REPEATS,
         )
         turns = [self._turn(part, options) for part in parts]
-        segments = [*system(self.tokenizer, references), *turns]
+        start = system(self.tokenizer, references)
+        room = self.max_context - _length(start) - max(_length(turn.opening) + turn.max_frames for turn in turns)
+        segments = [*start, *self._history(before if options.remember else (), room), *turns]
         return Request(request_id, segments, sampling, options.priority, options.cache_salt)
+
+    def _history(self, before: Sequence[Said], room: int) -> Prompt:
+        """The last of what was said, as much as has room, in the order of the conversation."""
+        kept: Prompt = ()
+        for said in reversed(before):
+            frames = Frames(said.rows[self.tokenizer.is_frame(said.rows)])
+            turn = (*opening(self.tokenizer, said.text), frames, closing(self.tokenizer))
+            room -= _length(turn)
+            if room < 0:
+                break
+            kept = (*turn, *kept)
+        return kept
 
     def codes(self, payload: bytes) -> np.ndarray:
         """The engine's answer to a Recording: int32 [K, T]."""
@@ -98,7 +130,7 @@ class SpeechModel:
 
     def _turn(self, text: str, options: SpeechOptions) -> Turn:
         return Turn(
-            opening=tuple(opening(self.tokenizer, text)),
+            opening=tuple(opening(self.tokenizer, _styled(text, options.style))),
             closing=(closing(self.tokenizer),),
             max_frames=min(options.max_frames, self._most_frames(text)),
             latency=options.latency,
@@ -108,6 +140,21 @@ class SpeechModel:
     def _most_frames(self, text: str) -> int:
         seconds = _SECONDS_AT_LEAST + _SECONDS_PER_BYTE * len(text.encode())
         return int(seconds * self.codec.frame_rate)
+
+
+def _styled(text: str, style: str) -> str:
+    """A text with a style tag at its head, behind the speaker's own tag if it begins with one."""
+    words = style.translate(_NOT_IN_A_TAG).strip()
+    if not words:
+        return text
+    speaker = SPEAKER_TAG.match(text)
+    at = speaker.end() if speaker else 0
+    return f"{text[:at]}[{words}] {text[at:].lstrip()}"
+
+
+def _length(segments: Sequence[Tokens | Frames]) -> int:
+    """Positions of the segments."""
+    return sum(len(part.ids) if isinstance(part, Tokens) else len(part.rows) for part in segments)
 
 
 def _codec_config(folder: Path) -> CodecConfig:

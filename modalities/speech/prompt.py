@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -24,9 +25,19 @@ _ASK = "convert the provided text to speech"
 _ASK_WITH_VOICE = f"{_ASK} reference to the following:\n\nText:\n"
 
 
+class Recorded(Protocol):
+    """A recording of the voice: what is said in it, and its codes, integers [K, T]."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def codes(self) -> np.ndarray: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """A recording of the voice: what is said in it, and its codes, integers [K, T]."""
+    """The plain one; those of `audio.voices` are others."""
 
     text: str
     codes: np.ndarray
@@ -35,7 +46,7 @@ class Reference:
 def conversation(
     tokenizer: SpeechTokenizer,
     batches: Sequence[str],
-    references: Sequence[Reference] = (),
+    references: Sequence[Recorded] = (),
     finished: Sequence[np.ndarray] = (),
 ) -> list[Segment]:
     """The prompt for the batch after the `finished` ones.
@@ -61,7 +72,7 @@ def continuation(tokenizer: SpeechTokenizer, rows: np.ndarray, text: str) -> lis
     return _joined([Frames(rows[tokenizer.is_frame(rows)]), closing(tokenizer), *opening(tokenizer, text)])
 
 
-def system(tokenizer: SpeechTokenizer, references: Sequence[Reference]) -> list[Segment]:
+def system(tokenizer: SpeechTokenizer, references: Sequence[Recorded]) -> list[Segment]:
     """What every conversation begins with."""
     start = _open(tokenizer, "system")
     if not references:

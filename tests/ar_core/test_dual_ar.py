@@ -212,7 +212,7 @@ def test_sampled_frames_follow_the_documented_rule(model: LoadedModel, prompts: 
     )
     right = plain.frames(prompt, 25, sampler)
     assert sampler.replaced >= 3
-    # With fewer slots than three need, this one is preempted in the middle of its history.
+    # With fewer slots than three need, some are preempted on the way.
     others = [Request(f"{i}", prompts["ref"], SamplingParams(max_tokens=40, seed=i, **LIVELY)) for i in range(2)]
     for options in ({}, {"kv_slots": 290, "overlap": True}):
         engine = engine_of(model, **options)

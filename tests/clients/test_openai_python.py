@@ -40,8 +40,9 @@ def test_a_chat_streams_what_it_says_whole(client: openai.OpenAI) -> None:
 
 
 def test_the_packages_own_stream_helper_agrees(client: openai.OpenAI) -> None:
-    whole = client.chat.completions.create(model=MODEL, messages=COLOURS, temperature=0, max_tokens=12)
-    with client.chat.completions.stream(model=MODEL, messages=COLOURS, temperature=0, max_tokens=12) as stream:
+    fields: Any = {"model": MODEL, "messages": COLOURS, "temperature": 0, "stop": ["."]}
+    whole = client.chat.completions.create(**fields)
+    with client.chat.completions.stream(**fields) as stream:
         final = stream.get_final_completion()
     assert final.choices[0].message.content == whole.choices[0].message.content
 

@@ -14,12 +14,12 @@ from contextlib import aclosing
 
 from ar_core.config import EngineConfig
 from ar_core.request import QueueFull, RequestError
+from benchmarks.fake_engine import FakeEngine, make
 from streaming import process
 from streaming.client import EngineClient, EngineUnavailable
 from streaming.messages import ModelInfo
 from streaming.settings import GatewayConfig, ModelSettings, ServerSettings
 from streaming.supervisor import Located, StartError, Supervisor, bind
-from benchmarks.fake_engine import FakeEngine, make
 from tests.streaming.hosting import ask
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ar_core.request import Output, Request, SamplingParams, Tokens
+from benchmarks import fake_engine
 from streaming import process
 from streaming.client import EngineClient
 from streaming.worker import Worker, WorkerSpec
-from benchmarks import fake_engine
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from ar_core.request import FinishReason, Output, QueueFull, RequestError
-from streaming.client import EngineClient, EngineUnavailable
 from benchmarks.fake_engine import CRASH, EXIT
+from streaming.client import EngineClient, EngineUnavailable
 from tests.streaming.hosting import ask, collect, connected, end, ipc, process_worker, threaded_worker, tokens, until
 
 ENDLESS = 8000

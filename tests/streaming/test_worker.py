@@ -14,10 +14,10 @@ import pytest
 import zmq
 
 from ar_core.request import FinishReason, RequestError
+from benchmarks.fake_engine import FakeEngine
 from streaming import messages
 from streaming.client import EngineUnavailable
 from streaming.messages import Emitted, Hello, Ready, Submit
-from benchmarks.fake_engine import FakeEngine
 from tests.streaming.hosting import ask, collect, connected, end, ipc, process_worker, threaded_worker, tokens, until
 
 ENDLESS = 8000
