@@ -135,6 +135,13 @@ class VoiceLibrary:
             (self._folder / file_name(old)).unlink()
         return voice
 
+    def describe(self, name: str, description: str) -> Voice:
+        """Give a voice another description. Raises what `get` raises."""
+        with self._writing():
+            voice = replace(self.get(name), description=description)
+            self._write(voice)
+        return voice
+
     def delete(self, name: str) -> None:
         """Raises UnknownVoice if there is none of that name. A damaged one can be deleted too."""
         with self._writing():

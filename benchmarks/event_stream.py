@@ -48,7 +48,7 @@ async def post(endpoint: Endpoint, body: bytes, on_event: Callable[[bytes], None
     protocol = _Stream(on_event, loop.create_future())
     transport, _ = await loop.create_connection(
         lambda: protocol,
-        parts.hostname,
+        parts.hostname or "",
         parts.port or (443 if secure else 80),
         ssl=ssl.create_default_context() if secure else None,
     )

@@ -41,7 +41,10 @@ class TokenBytes:
 
 
 class TextStream:
-    """One answer's text: whole characters, no special tokens, and nothing of a stop string or behind it."""
+    """One answer's text: whole characters, no special tokens, and nothing of a stop string or behind it.
+
+    Of several stop strings the one that is complete first counts, so that it does not matter how tokens come together.
+    """
 
     def __init__(self, tokens: TokenBytes, stop: Sequence[str]) -> None:
         self._tokens = tokens
@@ -67,11 +70,12 @@ class TextStream:
         if not self._stop:
             return new
         text = self._held + new
-        ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if ends:
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        if found:
             self.stopped = True
             self._held = ""
-            return text[: min(ends)]
+            _, start = min(found)
+            return text[:start]
         keep = 0 if at_end else max(_could_begin(stop, text) for stop in self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -116,11 +116,10 @@ def bench(
     from benchmarks.load import LoadError, Plan, first_model
     from benchmarks.load import bench as run
 
-    lengths = {"input_tokens": input_tokens, "output_tokens": output_tokens}
     try:
         model = model or first_model(url, api_key)
-        plan = Plan(url, model, api_key, concurrency, requests, request_rate=request_rate, dataset=dataset, **lengths)
-        raise typer.Exit(run(plan, out))
+        lengths = (input_tokens, output_tokens)
+        raise typer.Exit(run(Plan(url, model, api_key, concurrency, requests, *lengths, request_rate, dataset), out))
     except LoadError as error:
         raise typer.Exit(_fail(error)) from None
 

@@ -140,7 +140,7 @@ _ENGINE_METRICS: dict[str, tuple[type[GaugeMetricFamily] | type[CounterMetricFam
     "num_requests_total": (CounterMetricFamily, "Requests that the engine took"),
     "num_aborted_requests_total": (CounterMetricFamily, "Requests that ended by cancellation"),
     "num_preemptions_total": (CounterMetricFamily, "Times that a running request had to give up its KV"),
-    "output_stage_batches_total": (CounterMetricFamily, "Calls of what comes after the model: of the codec, for speech"),
+    "output_stage_batches_total": (CounterMetricFamily, "Calls of what comes after the model: for speech, the codec"),
     "output_stage_items_total": (CounterMetricFamily, "Streams in these calls, added up"),
 }
 

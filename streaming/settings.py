@@ -61,6 +61,7 @@ class ServerSettings(msgspec.Struct, frozen=True):
     api_key: str | None = None
     max_body_bytes: int = 32 << 20
     voices: str | None = None  # folder of the voice library; None: in the user's data folder
+    reference_folder: str | None = None  # whose files requests may name as recordings; None: no files
     drain_seconds: float = 30.0  # that open answers have to finish once the server is told to stop
     log_level: str = "info"
 
@@ -198,6 +199,11 @@ def _check_server(settings: ServerSettings) -> None:
         ("gateways", "between 1 and 64", 1 <= settings.gateways <= 64),
         ("max_body_bytes", "at least 1024", settings.max_body_bytes >= 1024),
         ("drain_seconds", "between 0 and 86400", 0 <= settings.drain_seconds <= 86400),
+        (
+            "reference_folder",
+            "a folder that exists",
+            settings.reference_folder is None or Path(settings.reference_folder).is_dir(),
+        ),
         ("log_level", ", ".join(levels), settings.log_level in levels),
     ):
         if not ok:

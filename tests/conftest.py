@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import ar_core  # noqa: F401 - before torch: it says how torch's threads wait for each other
+
 if TYPE_CHECKING:
     from modalities.checkpoint import Checkpoint
 

@@ -51,8 +51,9 @@ class _Speech:
 class SpeechEngine:
     """The verbs of `ar_core.Engine`, for requests as in `segments.py`.
 
-    Outputs of speech have samples as payload, float32 bytes; the rows of all turns follow one another, without those that
-    end a turn but for the last. An encoded recording has its codes as payload, int32 bytes [K, T]; decoded codes their samples.
+    Outputs of speech have samples as payload, float32 bytes; the rows of all turns follow one another, but for those that
+    end a turn before the last. An encoded recording has its codes as payload, int32 bytes [K, T]; decoded codes their
+    samples.
     """
 
     def __init__(self, engine: Engine, stage: CodecStage, codec: Codec) -> None:
@@ -212,11 +213,11 @@ class SpeechEngine:
         return outputs
 
     def _encode(self, samples: np.ndarray) -> bytes:
-        codes = self._codec.encode(torch.from_numpy(np.ascontiguousarray(samples, np.float32))[None])[0]
+        codes = self._codec.encode(torch.from_numpy(np.array(samples, np.float32))[None])[0]
         return codes.cpu().numpy().astype(np.int32).tobytes()
 
     def _decode(self, codes: np.ndarray) -> bytes:
-        samples = self._codec.decode(torch.from_numpy(np.ascontiguousarray(codes, np.int64))[None])[0]
+        samples = self._codec.decode(torch.from_numpy(np.array(codes, np.int64))[None])[0]
         return samples.cpu().numpy().astype(np.float32).tobytes()
 
 

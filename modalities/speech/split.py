@@ -26,6 +26,8 @@ _JOINER = "\u200d"
 
 # Never cut inside: style tags such as [whisper], control tokens, phonemes between their markers.
 _ATOM = re.compile(r"<\|phoneme_start\|>.{0,200}?<\|phoneme_end\|>|<\|[^|<>\n]*\|>|\[[^\[\]\n]*\]", re.DOTALL)
+# The beginning of one of these at the end of what is searched.
+_OPEN_TAG = re.compile(r"(?:\[[^\[\]\n]*|<(?:\|[^|<>\n]*\|?)?)\Z")
 
 _CLOSERS = r"[\"'”’»)\]）】」』〉》]*+"
 _ENDS = ".!?…‽؟۔।։"
@@ -73,6 +75,36 @@ def split(text: str, max_bytes: int = MAX_BYTES, max_speakers: int = MAX_SPEAKER
             speakers.add(turn.tag)
             tag = ""  # a second part in the same batch goes on with the turn
     return [*batches, batch.strip()] if batch else batches
+
+
+def first_sentences(text: str, least: int) -> int:
+    """How many of the characters are sentences that have ended, `least` of them without tags of speakers or more.
+
+    As few as can be, and 0 if there are none yet. For a text that is still coming: a sentence has ended when something
+    follows it, and nothing is cut inside a tag whose end has yet to come.
+    """
+    end = 0
+    for sentence in _cut(text, _sentence_ends(text), len(text.encode())):
+        end += len(sentence)
+        if end == len(text) or _OPEN_TAG.search(text, 0, end):
+            return 0
+        if len(SPEAKER_TAG.sub("", text[:end]).strip()) >= max(least, 1):
+            return end
+    return 0
+
+
+def first_part(text: str, max_bytes: int) -> int:
+    """How many of the characters `max_bytes` bytes of UTF-8 have room for, cut as `split` cuts; 0 if they hold all.
+
+    For a text that is still coming: a tag whose end has yet to come is left alone.
+    """
+    tag = _OPEN_TAG.search(text)
+    if tag is not None and _size(tag.group()) <= max_bytes:
+        text = text[: tag.start()]
+    if _size(text) <= max_bytes:
+        return 0
+    leading = len(text) - len(text.lstrip())
+    return leading + len(next(_packed(text[leading:], max_bytes, _LEVELS)))
 
 
 def _turns(text: str) -> Iterator[Turn]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,6 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ar_core.request import QueueFull, RequestError
+from audio.errors import AudioError
+from audio.voices import UnknownVoice
 from streaming.client import EngineUnavailable
 from streaming.http import requests, schema
 from streaming.http.auth import BearerKey
@@ -21,24 +24,36 @@ from streaming.http.chat import create_chat_completion
 from streaming.http.completions import create_completion
 from streaming.http.connection import ClientGone
 from streaming.http.errors import ApiError, as_api_error
+from streaming.http.fish import add_fish_routes
 from streaming.http.health import health, metrics, ready
 from streaming.http.measure import MeasureHttp
 from streaming.http.models import list_models, show_model
 from streaming.http.openapi import answers, body_of, describe, docs
 from streaming.http.served import Models
+from streaming.http.speech_routes import add_speech_routes
 from streaming.http.tokenize import detokenize, tokenize
 
 MAX_BODY_BYTES = 32 << 20
 
 _NGINX_CLIENT_CLOSED_REQUEST = 499  # nobody sees it but the metrics
 
+# What handlers raise on purpose, and the rest.
+_EXPECTED = (ApiError, RequestError, QueueFull, EngineUnavailable, UnknownVoice, AudioError, HTTPException, Exception)
+
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 def build_app(
-    engines: Models, *, api_key: str | None = None, max_body_bytes: int = MAX_BODY_BYTES
+    engines: Models,
+    *,
+    api_key: str | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    reference_folder: Path | None = None,
 ) -> FastAPI:
-    """The ASGI application that serves these models, by name. It starts and closes their clients."""
+    """The ASGI application that serves these models, by name. It starts and closes their clients.
+
+    reference_folder: whose files requests for speech may name as recordings; None: no files.
+    """
     app = FastAPI(
         title="Triptych",
         version="1",  # of the API
@@ -51,9 +66,21 @@ def build_app(
     )
     app.state.models = engines
     app.state.max_body_bytes = max_body_bytes
+    app.state.reference_folder = reference_folder
     app.openapi = cache(lambda: describe(app, with_key=api_key is not None))  # type: ignore[method-assign]
     _add_routes(app)
-    for kind in (ApiError, RequestError, QueueFull, EngineUnavailable, HTTPException, Exception):
+    add_speech_routes(app)
+    add_fish_routes(app)
+    for kind in (
+        ApiError,
+        RequestError,
+        QueueFull,
+        EngineUnavailable,
+        UnknownVoice,
+        AudioError,
+        HTTPException,
+        Exception,
+    ):
         app.add_exception_handler(kind, _answer_error)
     app.add_exception_handler(ClientGone, _answer_nobody)
     if api_key is not None:

@@ -12,14 +12,14 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 
 
 class BearerKey:
-    """ASGI middleware: lets through what carries the key, and what asks for one of `OPEN_PATHS`."""
+    """ASGI middleware: lets through requests and sockets that carry the key, and what asks for one of `OPEN_PATHS`."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self._app = app
         self._expected = f"bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._allows(scope):
+        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS or self._allows(scope):
             await self._app(scope, receive, send)
             return
         error = ApiError(

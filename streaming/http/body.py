@@ -16,16 +16,21 @@ from streaming.http.errors import ApiError, bad_request, shown
 B = TypeVar("B", bound=BaseModel)
 
 # What pydantic puts into a location to say which member of a union it tried.
-_UNION_TAG = re.compile(r"str|constrained-(str|int)|list\[.*\]|\[key\]|dict\[.*\]")
+_UNION_TAG = re.compile(r"str|constrained-(str|int)|list\[.*\]|\[key\]|dict\[.*\]|[A-Z]\w*")
 
 
 async def parse_body(request: Request, kind: type[B]) -> B:
     """Read and check the body. Raises ApiError: 413 if it is too large, else 400."""
-    raw = await _read(request.receive, request.headers.get("content-length"), request.app.state.max_body_bytes)
+    raw = await read_body(request)
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:
-        raise _explain(error) from None
+        raise explain(error) from None
+
+
+async def read_body(request: Request) -> bytes:
+    """Raises ApiError 413 for a body that is too large, ClientGone if it ends before it is whole."""
+    return await _read(request.receive, request.headers.get("content-length"), request.app.state.max_body_bytes)
 
 
 async def _read(receive: Receive, announced: str | None, limit: int) -> bytes:
@@ -50,7 +55,7 @@ def _too_large(size: str, limit: int) -> ApiError:
     return ApiError(413, f"the body has {size} bytes; at most {limit} are allowed", code="body_too_large")
 
 
-def _explain(error: ValidationError) -> ApiError:
+def explain(error: ValidationError) -> ApiError:
     """The first wrong field, by its name, value, and what it may be."""
     found = error.errors(include_url=False)
     first = found[0]

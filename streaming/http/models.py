@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from streaming.http.schema import ModelCard, ModelList
-from streaming.http.served import ServedModel, find_model
+from streaming.http.served import ServedModel, ServedVoice, find_any
 
 
 async def list_models(request: Request) -> Response:
@@ -16,9 +16,9 @@ async def list_models(request: Request) -> Response:
 
 
 async def show_model(request: Request) -> Response:
-    model = find_model(request.app.state.models, request.path_params["id"])
+    model = find_any(request.app.state.models, request.path_params["id"])
     return Response(msgspec.json.encode(_card(model)), media_type="application/json")
 
 
-def _card(model: ServedModel) -> ModelCard:
+def _card(model: ServedModel | ServedVoice) -> ModelCard:
     return ModelCard(model.name, model.created, model.max_context)

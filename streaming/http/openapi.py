@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -13,7 +14,8 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from streaming.http import requests, schema
+from audio.formats import FORMATS
+from streaming.http import requests, schema, speech_requests, speech_schema
 
 _REF = "#/components/schemas/"
 _REQUESTS: tuple[type[BaseModel], ...] = (
@@ -21,6 +23,8 @@ _REQUESTS: tuple[type[BaseModel], ...] = (
     requests.CompletionRequest,
     requests.TokenizeRequest,
     requests.DetokenizeRequest,
+    speech_requests.SpeechRequest,
+    speech_requests.VoiceForm,
 )
 _ANSWERS: tuple[type[msgspec.Struct], ...] = (
     schema.ChatCompletion,
@@ -32,20 +36,28 @@ _ANSWERS: tuple[type[msgspec.Struct], ...] = (
     schema.Detokenized,
     schema.Health,
     schema.ErrorBody,
+    speech_schema.SpeechAudioDelta,
+    speech_schema.SpeechAudioDone,
+    speech_schema.SpeechError,
+    speech_schema.AudioVoice,
+    speech_schema.AudioVoiceList,
+    speech_schema.AudioVoiceDeleted,
 )
 _ERRORS = {
     400: "The request is wrong; the message says what, and what would be right.",
     401: "The server has an API key and the request does not carry it.",
-    404: "No such model; the message lists those that are served.",
+    404: "No such model or voice; the message lists those that there are.",
+    409: "The name is taken, or there are as many as there may be.",
     413: "The body is larger than the server allows.",
+    415: "The body is of a type that is not read here.",
     500: "The server or the engine failed.",
     503: "The queue is full, or the engine is being restarted: try again after `Retry-After` seconds.",
 }
 
 
-def body_of(kind: type[BaseModel]) -> dict[str, Any]:
+def body_of(kind: type[BaseModel], media_type: str = "application/json") -> dict[str, Any]:
     """For a route's `openapi_extra`: the route reads a body of this kind."""
-    content = {"application/json": {"schema": {"$ref": _REF + kind.__name__}}}
+    content = {media_type: {"schema": {"$ref": _REF + kind.__name__}}}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -58,9 +70,25 @@ def answers(
     if chunks is not None:
         text += f" With `stream`: events that hold a `{chunks.__name__}`, or at worst an `ErrorBody`, then `[DONE]`."
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    described: dict[int | str, Any] = {200: {"description": text, "content": content}}
+    return {200: {"description": text, "content": content}, **_errors(errors)}
+
+
+def sound_answers(*errors: int) -> dict[int | str, Any]:
+    """The same for a 200 of sound, or of the events of a speech."""
+    sound: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+    content = {kind.mime: sound for kind in FORMATS.values()}
+    content["text/event-stream"] = {"schema": {"type": "string"}}
+    text = (
+        "The sound, sent while it is made. With `stream_format` sse: events that hold a `SpeechAudioDelta`, and at the "
+        "end one with a `SpeechAudioDone` or a `SpeechError`."
+    )
+    return {200: {"description": text, "content": content}, **_errors(errors)}
+
+
+def _errors(statuses: Iterable[int]) -> dict[int | str, Any]:
+    described: dict[int | str, Any] = {}
     error = {"application/json": {"schema": {"$ref": _REF + schema.ErrorBody.__name__}}}
-    for status in errors:
+    for status in statuses:
         described[status] = {"description": _ERRORS[status], "content": error}
         if status == 503:
             described[status]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
@@ -97,7 +125,8 @@ async def docs(request: Request) -> Response:
 def _body_link(operation: dict[str, Any]) -> str:
     if "requestBody" not in operation:
         return ""
-    name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].removeprefix(_REF)
+    (content,) = operation["requestBody"]["content"].values()
+    name = content["schema"]["$ref"].removeprefix(_REF)
     return f'<a href="#{name}">{name}</a>'
 
 

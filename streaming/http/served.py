@@ -74,9 +74,19 @@ class ServedVoice:
 Models = Mapping[str, ServedModel | ServedVoice]
 
 
+def find_any(models: Models, name: str) -> ServedModel | ServedVoice:
+    """The model of that name, whatever it is for. Raises ApiError."""
+    model = models.get(name)
+    if model is None:
+        known = ", ".join(models)
+        message = f"model {shown(name)} is not served here; these are: {known}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    return model
+
+
 def find_model(models: Models, name: str) -> ServedModel:
     """The language model of that name. Raises ApiError."""
-    model = _find(models, name)
+    model = find_any(models, name)
     if not isinstance(model, ServedModel):
         raise _wrong_kind(models, name, ServedModel, "speaks and takes no messages or prompts", "/v1/audio/speech")
     return model
@@ -84,7 +94,7 @@ def find_model(models: Models, name: str) -> ServedModel:
 
 def find_voice(models: Models, name: str) -> ServedVoice:
     """The speech model of that name. Raises ApiError."""
-    model = _find(models, name)
+    model = find_any(models, name)
     if not isinstance(model, ServedVoice):
         raise _wrong_kind(models, name, ServedVoice, "makes text and cannot speak", "/v1/chat/completions")
     return model
@@ -97,15 +107,6 @@ def default_voice(models: Models) -> ServedVoice:
             return model
     known = ", ".join(models)
     raise ApiError(404, f"no speech model is served here; these are: {known}", param="model", code="model_not_found")
-
-
-def _find(models: Models, name: str) -> ServedModel | ServedVoice:
-    model = models.get(name)
-    if model is None:
-        known = ", ".join(models)
-        message = f"model {shown(name)} is not served here; these are: {known}"
-        raise ApiError(404, message, param="model", code="model_not_found")
-    return model
 
 
 def _wrong_kind(models: Models, name: str, kind: type, what: str, path: str) -> ApiError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import socket
 import time
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -26,7 +27,12 @@ def run_gateway(config: GatewayConfig, sock: socket.socket) -> None:
     """
     settings = config.settings
     models = {engine.name: _served(engine, settings) for engine in config.engines}
-    app = build_app(models, api_key=settings.api_key, max_body_bytes=settings.max_body_bytes)
+    app = build_app(
+        models,
+        api_key=settings.api_key,
+        max_body_bytes=settings.max_body_bytes,
+        reference_folder=Path(settings.reference_folder) if settings.reference_folder else None,
+    )
     serve(app, sock, drain_seconds=settings.drain_seconds)
 
 
@@ -36,7 +42,8 @@ def serve(app: object, sock: socket.socket, *, drain_seconds: float) -> None:
         app,  # type: ignore[arg-type]
         loop="uvloop",
         http="httptools",
-        ws="none",
+        ws="websockets-sansio",
+        ws_per_message_deflate=False,  # sound does not get smaller
         lifespan="on",
         log_config=None,
         access_log=False,

@@ -6,17 +6,20 @@ import asyncio
 import hashlib
 import itertools
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 import numpy as np
 
 from ar_core.request import Output, Request
+from audio.errors import AudioError
 from audio.reading import read_audio
 from audio.voices import Reference, Voice, VoiceLibrary
 from modalities.speech.model import SpeechModel
 from modalities.speech.segments import Recording
 from streaming.client import EngineUnavailable
+
+DEFAULT_VOICE = "default"  # what requests call the model's own
 
 _REMEMBERED = 256  # recordings whose codes are kept
 
@@ -55,12 +58,15 @@ class References:
 
     async def add(self, name: str, sound: bytes, text: str, description: str = "") -> Voice:
         """Keep a recording as a voice. Raises AudioError and what `VoiceLibrary.add` raises."""
-        reference = await self.recorded(sound, text)
+        return await self.keep(name, [await self.recorded(sound, text)], description)
+
+    async def keep(self, name: str, references: Sequence[Reference], description: str = "") -> Voice:
+        """Keep a voice of one or more references. Raises what `VoiceLibrary.add` raises."""
         codec = self._model.codec
         return await asyncio.to_thread(
             self.library.add,
             name,
-            [reference],
+            references,
             codec=self._model.codec_fingerprint,
             sample_rate=codec.sample_rate,
             samples_per_frame=codec.frame_size,
@@ -86,3 +92,9 @@ class References:
         """Keep no failure, and let nobody complain that it was never looked at."""
         if (done.cancelled() or done.exception() is not None) and self._codes.get(digest) is done:
             del self._codes[digest]
+
+
+def refuse_reserved(name: str) -> None:
+    """Raises AudioError for the name that stands for no voice of the library."""
+    if name == DEFAULT_VOICE:
+        raise AudioError(f"{DEFAULT_VOICE!r} means the model's own voice; choose another name")

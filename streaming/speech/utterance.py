@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ar_core.request import Frames, Request, Tokens
+from ar_core.request import Request
 from audio.effects import Effects
 from audio.formats import open_encoder
 from audio.voices import Reference
-from modalities.speech.model import SpeechOptions
-from modalities.speech.prompt import Reference as PromptReference
-from modalities.speech.segments import Prompt, Turn
+from modalities.speech.model import Said, SpeechOptions
 from modalities.speech.split import split
 from streaming.speech.synthesis import Delivery, Speech
 
@@ -28,14 +26,6 @@ if TYPE_CHECKING:
     from streaming.http.served import ServedVoice
 
 _SEED_STRIDE = 0x632BE59BD9B4E019  # between the seeds of pieces
-
-
-@dataclass(frozen=True, slots=True)
-class _Spoken:
-    """A turn that is over, as later prompts hold it."""
-
-    segments: Prompt
-    positions: int
 
 
 class Utterance:
@@ -58,7 +48,7 @@ class Utterance:
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self._model = model
-        self._references = [PromptReference(r.text, r.codes) for r in references]
+        self._references = list(references)
         self._options = options
         self._delivery = delivery
         rate = model.speech.sample_rate
@@ -67,7 +57,7 @@ class Utterance:
             delivery.format, source_rate=rate, sample_rate=delivery.sample_rate, bitrate=delivery.bitrate
         )
         self._numbers = count()
-        self._past: list[_Spoken] = []
+        self._said: list[Said] = []
 
     @property
     def media_type(self) -> str:
@@ -85,10 +75,10 @@ class Utterance:
         what still runs in the engine; the next piece is then spoken as if this one had not been. Raises RequestError
         and what `EngineClient.submit` raises.
         """
-        if not split(text, self._options.part_bytes):
+        parts = split(text, self._options.part_bytes)
+        if not parts:
             return
-        request, turns = self._request(text)
-        speech = Speech(self._model, request, self._delivery)
+        speech = Speech(self._model, self._request(text), self._delivery)
         try:
             async with aclosing(speech.samples()) as sound:
                 async for samples in sound:
@@ -98,7 +88,8 @@ class Utterance:
         finally:
             self._count(speech)
         if self._options.remember:
-            self._past += self._spoken(turns, speech.rows)
+            # Word for word what was asked, so that the engine finds it in its cache.
+            self._remember(parts[0] if len(parts) == 1 else text, speech.rows)
 
     def finish(self) -> bytes:
         """The end of the file, perhaps nothing. Nothing may be spoken afterwards."""
@@ -110,7 +101,7 @@ class Utterance:
         self.prompt_tokens += speech.prompt_tokens
         self.cached_tokens += speech.cached_tokens
 
-    def _request(self, text: str) -> tuple[Request, list[Turn]]:
+    def _request(self, text: str) -> Request:
         number = next(self._numbers)
         options = self._options
         if number:
@@ -118,37 +109,11 @@ class Utterance:
             options = replace(options, priority=options.priority - 1)
             if options.seed is not None:
                 options = replace(options, seed=(options.seed + number * _SEED_STRIDE) % 2**63)
-        asked = self._model.speech.request(f"{self.id}-{number}", text, self._references, options)
-        turns = [segment for segment in asked.segments if isinstance(segment, Turn)]
-        system = [segment for segment in asked.segments if not isinstance(segment, Turn)]
-        self._forget(_positions(system) + sum(map(_most_positions, turns)))
-        past = [segment for spoken in self._past for segment in spoken.segments]
-        return replace(asked, segments=[*system, *past, *turns]), turns
+        return self._model.speech.request(f"{self.id}-{number}", text, self._references, options, self._said)
 
-    def _forget(self, needed: int) -> None:
-        """Drop the oldest turns until `needed` positions find room in the context."""
-        while self._past and needed + sum(spoken.positions for spoken in self._past) > self._model.max_context:
-            del self._past[0]
-
-    def _spoken(self, turns: Sequence[Turn], rows: Sequence[Sequence[int]]) -> list[_Spoken]:
-        """Emitted rows by turn: one ends with a row that is no frame, or when it is as long as it may be."""
-        spoken, at = [], 0
-        emitted = np.array(rows, dtype=np.int64)
-        is_frame = self._model.speech.tokenizer.is_frame(emitted) if len(emitted) else np.zeros(0, bool)
-        for turn in turns:
-            start = at
-            while at < len(emitted) and is_frame[at] and at - start < turn.max_frames:
-                at += 1
-            frames = [Frames(emitted[start:at])] if at > start else []
-            at += at < len(emitted) and at - start < turn.max_frames
-            segments = (*turn.opening, *frames, *turn.closing)
-            spoken.append(_Spoken(segments, _positions(segments)))
-        return spoken
-
-
-def _positions(segments: Sequence[Tokens | Frames]) -> int:
-    return sum(len(segment.ids) if isinstance(segment, Tokens) else len(segment.rows) for segment in segments)
-
-
-def _most_positions(turn: Turn) -> int:
-    return _positions(turn.opening) + turn.max_frames + _positions(turn.closing)
+    def _remember(self, text: str, rows: Sequence[Sequence[int]]) -> None:
+        if rows:
+            self._said.append(Said(text, np.array(rows, dtype=np.int64)))
+        # What has no room in any prompt is forgotten.
+        while sum(len(said.rows) for said in self._said) > self._model.max_context:
+            del self._said[0]

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.streaming.http_fakes import FakeEngine, fake_app, running
+from tests.streaming.speech_server import SpeechServer, speech_server
 
 
 @pytest.fixture(scope="module")
@@ -27,3 +29,18 @@ def fake_engine(fake_engine_and_url: tuple[FakeEngine, str]) -> FakeEngine:
 def http(fake_engine_and_url: tuple[FakeEngine, str], fake_engine: FakeEngine) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=fake_engine_and_url[1], timeout=20) as client:
         yield client
+
+
+@pytest.fixture(scope="package")
+def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whose files requests to `speech` may name."""
+    folder = tmp_path_factory.mktemp("references") / "allowed"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture(scope="package")
+def speech(tmp_path_factory: pytest.TempPathFactory, reference_folder: Path) -> Iterator[SpeechServer]:
+    """A real speech engine behind a gateway."""
+    with speech_server(tmp_path_factory.mktemp("speech"), reference_folder=reference_folder) as server:
+        yield server

@@ -1,9 +1,8 @@
-"""A gateway on engines and tokenisers that are a page long: tokens are bytes, and the engine says what it is told to."""
+"""A gateway on engines and tokenizers a page long: tokens are bytes, and the engine says what it is told to."""
 
 from __future__ import annotations
 
 import asyncio
-import codecs
 import socket
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from fastapi import FastAPI
 
 from ar_core.request import FinishReason, Output, Request, TokenLogprob
 from ar_core.stats import EngineStats
+from modalities.detokenizer import TextStream
 from streaming.client import EngineUnavailable
 from streaming.http.app import build_app
 from streaming.http.served import ServedModel
@@ -28,34 +28,14 @@ CONTEXT = 2048
 Step = Sequence[int] | Exception | float  # token ids that come together, a failure, or seconds of silence
 
 
-class FakeTextStream:
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = list(stop)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
-        self.stopped = False
+class _Bytes:
+    """In place of TokenBytes."""
 
-    def push(self, ids: Sequence[int]) -> str:
-        return self._take(self._decoder.decode(bytes(i for i in ids if i != EOS)), final=False)
+    def __getitem__(self, token: int) -> bytes:
+        return b"<eos>" if token == EOS else bytes([token])
 
-    def finish(self) -> str:
-        return self._take(self._decoder.decode(b"", final=True), final=True)
-
-    def _take(self, text: str, *, final: bool) -> str:
-        if self.stopped:
-            return ""
-        text = self._held + text
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            return text[: min(found)]
-        keep = 0 if final else max((self._overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    @staticmethod
-    def _overlap(text: str, stop: str) -> int:
-        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+    def is_special(self, token: int) -> bool:
+        return token == EOS
 
 
 class FakeChat:
@@ -71,7 +51,7 @@ class FakeChat:
         return bytes(i for i in ids if i != EOS).decode(errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        return b"<eos>" if token == EOS else bytes([token])
+        return _Bytes()[token]
 
     def token_text(self, token: int) -> str:
         return self.token_bytes(token).decode(errors="replace")
@@ -89,8 +69,8 @@ class FakeChat:
         text += "".join(f"[{name}={value}]" for name, value in (template_kwargs or {}).items())
         return self.encode(text + ("<assistant>" if add_generation_prompt else ""))
 
-    def text_stream(self, stop: Sequence[str]) -> FakeTextStream:
-        return FakeTextStream(stop)
+    def text_stream(self, stop: Sequence[str]) -> TextStream:
+        return TextStream(_Bytes(), stop)  # type: ignore[arg-type]
 
 
 def saying(text: str, together: int = 1) -> Callable[[Request], Iterable[Step]]:

@@ -181,5 +181,5 @@ def test_a_taken_port_is_one_clear_line() -> None:
         settings: ServerSettings = load_settings({"port": port}, environment={})
         with pytest.raises(SettingsError, match=rf"cannot listen on 127\.0\.0\.1:{port}: Address already in use"):
             bind(settings)
-    with pytest.raises(SettingsError, match="cannot listen on 203.0.113.7:0"):
+    with pytest.raises(SettingsError, match=r"cannot listen on 203\.0\.113\.7:0"):
         bind(load_settings({"host": "203.0.113.7", "port": 0}, environment={}))
