@@ -15,14 +15,14 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ar_core.layers import Product
 from ar_core.parallel import Parallel
-from ar_core.quantized import Packed4Linear, read_q4
+from ar_core.quantized import Packed4Linear, hidden_dtype, read_q4, unpacked_dtype
 from ar_core.weights import Weights, with_bias
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 KINDS = ("F32", "F16", "BF16", *_QUANTISED)
 _PACKED = ("Q4_0", "Q4_1")
-# Bytes that the bfloat16 copies beside packed weights may take; a larger model keeps the packed ones alone.
+# Bytes that the unpacked copies beside packed weights may take; a larger model keeps the packed ones alone.
 _UNPACKED_BYTES = 1 << 30
 
 _NAMES = {
@@ -151,7 +151,10 @@ class GGUFWeights(Weights):
         # torch's packed product takes bfloat16 on a CPU, and whole groups of 32 rows.
         self._may_pack = device.type == "cpu" and dtype == torch.bfloat16 and parallel.size == 1
         packed = sum(t.n_elements for t in file.tensors.values() if t.tensor_type.name in _PACKED)
-        self._keep_unpacked = packed * torch.bfloat16.itemsize <= _UNPACKED_BYTES
+        self._keep_unpacked = packed * unpacked_dtype().itemsize <= _UNPACKED_BYTES
+        kinds = {t.tensor_type.name for name, t in file.tensors.items() if name.endswith("_proj.weight")}
+        if self._may_pack and self._keep_unpacked and kinds.issubset(_PACKED):
+            self.hidden_dtype = hidden_dtype
 
     def names(self) -> set[str]:
         return set(self._file.tensors)

@@ -1,8 +1,8 @@
 """Linear layers whose weights stay at 4 bits in memory, on a CPU.
 
 torch's packed product reads weights in groups of 32 inputs, each with a bfloat16 scale and offset, which is
-what GGUF's Q4_0 and Q4_1 hold. It is the quickest for a few rows of activations; for more, a bfloat16 product
-is.
+what GGUF's Q4_0 and Q4_1 hold. It is the quickest for a few rows of activations; for more, a product with unpacked
+weights is.
 """
 
 from __future__ import annotations
@@ -10,17 +10,33 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ar_core.layers import multiply_prepacked, prepack
+
 GROUP = 32
-# Rows of activations up to which the packed product is quicker (measured on 2 cores with AVX512-BF16: 29 us
-# against 45 at one row of a 3072 x 576 weight, 57 against 82 at four, 191 against 131 at sixteen).
-_FEW_ROWS = 8
+# Rows of activations up to which the packed product is quicker. Measured on 2 cores, for a 3072 x 576 weight: 55 us
+# against 118 at one row, 112 against 160 at four, 239 against 172 at eight, 425 against 252 at sixteen.
+_FEW_ROWS = 6
+
+
+def hidden_dtype(rows: int) -> torch.dtype:
+    """What a step's hidden states are best kept in for `Packed4Linear`, if its weights are unpacked too."""
+    return torch.bfloat16 if rows <= _FEW_ROWS else unpacked_dtype()
+
+
+def unpacked_dtype() -> torch.dtype:
+    """What this CPU multiplies many rows in most quickly.
+
+    Only a matrix unit (AMX) makes that bfloat16: products of vectors take half the time in float32.
+    """
+    return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
 
 
 class Packed4Linear:
     """y = x W^T with W [out, in] as 4-bit integers q, scales d and offsets m by group: W = d q + m.
 
-    q: uint8 [out, in], 0 to 15. d, m: [out, in / 32]. x and y are bfloat16. With `keep_unpacked` a bfloat16
-    copy of W serves many rows at four times the memory; without it the packed product serves all.
+    q: uint8 [out, in], 0 to 15. d, m: [out, in / 32]. x is bfloat16 or float32, and y is what x is. With
+    `keep_unpacked` a copy of W serves many rows at four or eight times the memory; without it the packed product
+    serves all.
     """
 
     def __init__(self, q: torch.Tensor, d: torch.Tensor, m: torch.Tensor, *, keep_unpacked: bool) -> None:
@@ -28,17 +44,19 @@ class Packed4Linear:
         self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
         # The product counts q from 8.
         self._scales = torch.stack([d, m + 8 * d], dim=-1).transpose(0, 1).to(torch.bfloat16).contiguous()
-        self._unpacked = self._unpack(q) if keep_unpacked else None
+        self._multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+        self._unpacked = prepack(self._unpack(q)) if keep_unpacked else None
 
     def _unpack(self, q: torch.Tensor) -> torch.Tensor:
         scale, zero = self._scales.transpose(0, 1).float().unbind(-1)
         groups = q.view(self.out_features, -1, GROUP).float() - 8
-        return (groups * scale[..., None] + zero[..., None]).view_as(q).to(torch.bfloat16)
+        return (groups * scale[..., None] + zero[..., None]).view_as(q).to(unpacked_dtype())
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._unpacked is not None and x.shape[0] > _FEW_ROWS:
-            return torch.nn.functional.linear(x, self._unpacked)
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, self._packed, GROUP, self._scales)
+            return multiply_prepacked(x.to(self._unpacked.dtype), self._unpacked).to(x.dtype)
+        x16 = x.to(torch.bfloat16).contiguous()
+        return self._multiply(x16, self._packed, GROUP, self._scales).to(x.dtype)
 
 
 def read_q4(blocks: np.ndarray, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

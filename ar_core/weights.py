@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +31,8 @@ class Weights(ABC):
         self.device = device
         self.dtype = dtype
         self.parallel = parallel
+        # What a step's hidden states are computed in, by its number of positions.
+        self.hidden_dtype: Callable[[int], torch.dtype] = lambda rows: dtype
         self._taken: set[str] = set()
         self._problems: list[str] = []
 

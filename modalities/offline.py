@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,29 +19,36 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ar_core.config import EngineConfig
 from ar_core.request import FinishReason, Output, Request, RequestError, SamplingParams, TokenLogprob, Tokens
 from modalities.chat import ChatModel
-from modalities.checkpoint import locate
-from modalities.registry import build_engine
+from modalities.checkpoint import Checkpoint, locate
+from modalities.idle import UNLIMITED, leave_idle
+from modalities.registry import build_engine, kind_of
 from modalities.text import Text
 
+if TYPE_CHECKING:
+    from modalities.offline_speech import VoiceModel
+
 _DEFAULT = SamplingParams()
-_UNLIMITED = 2**31  # nobody but the caller fills the queue
 
 # A text, token ids, or a conversation: a list of {"role": ..., "content": ...}.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
 
-def load_model(source: str, config: EngineConfig | None = None, **options: Any) -> LanguageModel:
+def load_model(source: str, config: EngineConfig | None = None, **options: Any) -> LanguageModel | VoiceModel:
     """What `modalities.load` says."""
-    return LanguageModel(source, replace(config or EngineConfig(), **options))
+    checkpoint, settings = locate(source), replace(config or EngineConfig(), **options)
+    if kind_of(checkpoint) == "chat":
+        return LanguageModel(checkpoint, settings)
+    from modalities.offline_speech import VoiceModel  # late: who only chats needs no codec
+
+    return VoiceModel(checkpoint, settings)
 
 
 class LanguageModel:
     """A language model and its tokenizer. For one thread at a time."""
 
-    def __init__(self, source: str, config: EngineConfig) -> None:
-        checkpoint = locate(source)
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig) -> None:
         self.chat = ChatModel(checkpoint)
-        self.engine = build_engine(checkpoint, replace(config, max_queue=_UNLIMITED))
+        self.engine = build_engine(checkpoint, replace(config, max_queue=UNLIMITED))
         self._ids = itertools.count()
 
     def generate(
@@ -67,7 +74,7 @@ class LanguageModel:
                 while self.engine.has_work:
                     bar.advance(task, sum(self._note(output, answers) for output in self.engine.step()))
             finally:
-                self._end(answers)
+                leave_idle(self.engine, answers)
         return [answer.whole for answer in answers.values()]
 
     def stream(self, prompt: Prompt, sampling: SamplingParams = _DEFAULT, *, stop: Sequence[str] = ()) -> Iterator[str]:
@@ -81,7 +88,7 @@ class LanguageModel:
                 if piece := answer.take_new():
                     yield piece
         finally:
-            self._end(answers)
+            leave_idle(self.engine, answers)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt of any kind."""
@@ -99,7 +106,7 @@ class LanguageModel:
                 self.engine.add(request)
                 answers[request.id] = _Answer(self.chat, stop)
         except RequestError:
-            self._end(answers)
+            leave_idle(self.engine, answers)
             raise
         return answers
 
@@ -112,13 +119,6 @@ class LanguageModel:
         if answer.finish is not None and output.finish is None:  # a stop string: the engine does not know yet
             self.engine.abort(output.request_id)
         return answer.finish is not None
-
-    def _end(self, answers: Mapping[str, _Answer]) -> None:
-        """Leave the engine idle, whatever happened."""
-        for request_id in answers:
-            self.engine.abort(request_id)
-        while self.engine.has_work:
-            self.engine.step()
 
 
 class _Answer:

@@ -1,4 +1,4 @@
-"""The command line: `triptych serve`, `triptych chat`, `triptych bench`."""
+"""The command line: `triptych serve`, `triptych chat`, `triptych say`, `triptych voices`, `triptych bench`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from streaming import voice_cli
 from streaming.settings import API_KEY_VARIABLE, DEFAULT_MODEL, SettingsError
 
 app = typer.Typer(
@@ -18,6 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="One server for language, voice and images.",
 )
+
+app.add_typer(voice_cli.voices_app, name="voices")
+app.command()(voice_cli.say)
 
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, bfloat16, float16 or float32.")]
@@ -50,6 +54,9 @@ def serve(
     ] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Largest request body. [default: 33554432]")] = None,
     voices: Annotated[str | None, typer.Option(help="Folder of the voice library.")] = None,
+    reference_folder: Annotated[
+        str | None, typer.Option(help="Folder whose files requests may name as recordings. [default: none]")
+    ] = None,
     drain_seconds: Annotated[float | None, typer.Option(help="For open answers at a stop. [default: 30]")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error. [default: info]")] = None,
 ) -> None:

@@ -23,6 +23,8 @@ def chat_in_terminal(
     console = Console(stderr=True, highlight=False)
     with console.status(f"loading {source}"):
         model = load(source, **engine_options)
+    if not isinstance(model, LanguageModel):
+        raise ValueError(f"{source} speaks and cannot chat; use triptych say")
     if not model.chat.has_template:
         raise ValueError(f"{source} has no chat template, so it cannot chat; use modalities.load(...).generate")
     if sys.stdin.isatty():

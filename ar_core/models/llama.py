@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from ar_core.attention.base import AttentionBackend, AttentionSpec
 from ar_core.batch import Batch
 from ar_core.interfaces import KVShape
-from ar_core.layers import RMSNorm, Rotary, rotary_frequencies, silu_mul
+from ar_core.layers import Linear, RMSNorm, Rotary, rotary_frequencies, silu_mul
 from ar_core.parallel import Parallel
 from ar_core.weights import Weights
 
@@ -137,6 +137,7 @@ class Llama:
         self.max_context = min(max_context or c.max_context, c.max_context)
         self.eos_token_ids = eos_token_ids
         self.dtype = weights.dtype
+        self._hidden_dtype = weights.hidden_dtype
         kv_heads = self._parallel.share(c.num_kv_heads, "the number of KV heads")
         self.kv_layout = (KVShape(kv_heads, c.head_dim, c.head_dim),) * c.num_layers
         self._embedding = weights.tensor("model.embed_tokens.weight", (c.vocab_size, c.dim))
@@ -149,7 +150,7 @@ class Llama:
         if c.tied:
             weights.ignore("lm_head.weight")  # some checkpoints store it all the same
         head = self._embedding if c.tied else weights.tensor("lm_head.weight", (c.vocab_size, c.dim))
-        self._head = self._parallel.slice(head, 0).contiguous()
+        self._head = Linear(self._parallel.slice(head, 0).contiguous())
 
     def embed(self, inputs: torch.Tensor) -> torch.Tensor:
         """int64 [T, 1] -> [T, dim]."""
@@ -157,11 +158,12 @@ class Llama:
 
     def forward(self, hidden: torch.Tensor, batch: Batch, attention: AttentionBackend) -> torch.Tensor:
         """[T, dim] (overwritten) -> [T, dim], after the final norm."""
-        rows = self._rotary.rows(batch.positions)
+        hidden = hidden.to(self._hidden_dtype(len(batch.positions)))
+        rows = self._rotary.rows(batch.positions, hidden.dtype)
         for block in self._blocks:
             hidden = block(hidden, self._rotary, rows, attention)
-        return self._norm(hidden)
+        return self._norm(hidden).to(self.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, dim] -> float32 [S, vocab]."""
-        return self._parallel.gather(F.linear(hidden, self._head)).float()
+        return self._parallel.gather(self._head(hidden)).float()

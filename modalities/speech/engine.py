@@ -51,16 +51,16 @@ class _Speech:
 class SpeechEngine:
     """The verbs of `ar_core.Engine`, for requests as in `segments.py`.
 
-    Outputs of speech have samples as payload, float32 bytes; the rows of all turns follow one another, but for those that
-    end a turn before the last. An encoded recording has its codes as payload, int32 bytes [K, T]; decoded codes their
-    samples.
+    Outputs of speech have samples as payload, float32 bytes; the rows of all turns follow one another, but for those
+    that end a turn before the last. An encoded recording has its codes as payload, int32 bytes [K, T]; decoded codes
+    their samples.
     """
 
     def __init__(self, engine: Engine, stage: CodecStage, codec: Codec) -> None:
         """`engine` has `stage` as its output stage."""
         self.engine = engine
         self._stage = stage
-        self._codec = codec
+        self.codec = codec
         self._speeches: dict[str, _Speech] = {}
         self._by_turn: dict[str, _Speech] = {}  # by the engine's id of the turn under way
         self._between: list[_Speech] = []  # whose next turn has yet to enter the engine
@@ -213,11 +213,11 @@ class SpeechEngine:
         return outputs
 
     def _encode(self, samples: np.ndarray) -> bytes:
-        codes = self._codec.encode(torch.from_numpy(np.array(samples, np.float32))[None])[0]
+        codes = self.codec.encode(torch.from_numpy(np.array(samples, np.float32))[None])[0]
         return codes.cpu().numpy().astype(np.int32).tobytes()
 
     def _decode(self, codes: np.ndarray) -> bytes:
-        samples = self._codec.decode(torch.from_numpy(np.array(codes, np.int64))[None])[0]
+        samples = self.codec.decode(torch.from_numpy(np.array(codes, np.int64))[None])[0]
         return samples.cpu().numpy().astype(np.float32).tobytes()
 
 

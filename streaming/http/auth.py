@@ -7,6 +7,7 @@ import hmac
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from streaming.http.errors import ApiError
+from streaming.http.fish_answers import error_answer
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 
@@ -28,7 +29,7 @@ class BearerKey:
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
-        await error.response(scope, receive, send)
+        await error_answer(scope["path"], error)(scope, receive, send)
 
     def _allows(self, scope: Scope) -> bool:
         for name, value in scope["headers"]:

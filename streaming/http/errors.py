@@ -99,7 +99,9 @@ def as_api_error(error: Exception) -> ApiError:
         case HTTPException():
             return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
         case _:
-            return ApiError(500, "the server failed to answer this request", code="internal_error")
+            # uvicorn closes the connection of a request that failed; who is told does not send the next one on it.
+            headers = {"Connection": "close"}
+            return ApiError(500, "the server failed to answer this request", code="internal_error", headers=headers)
 
 
 def _kind(status: int) -> str:

@@ -18,6 +18,8 @@ from streaming.http.errors import ApiError, as_api_error
 _log = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
+_PATHS = ("/v1/tts", "/v1/references/", "/v1/vqgan/", "/model/")
+
 IGNORED = "X-Triptych-Ignored"  # the header that names fields that were accepted and ignored
 
 
@@ -65,6 +67,13 @@ def as_fish_error(error: Exception) -> ApiError:
     if shown.code == "queue_full":
         shown.status = 429
     return shown
+
+
+def error_answer(path: str, error: ApiError) -> Response:
+    """An error before any handler was asked, in the shape of the API that the path belongs to."""
+    if path == "/model" or path.startswith(_PATHS):
+        return json(error_body(error), error.status, error.headers)
+    return error.response
 
 
 def error_body(error: ApiError) -> dict[str, Any]:

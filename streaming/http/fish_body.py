@@ -34,9 +34,9 @@ async def read_fields(request: Request, lists: frozenset[str] = frozenset()) -> 
     if kind in _FORMS:
         return await _form_fields(request, raw, lists)
     if kind in ("application/msgpack", "application/x-msgpack", "application/vnd.msgpack"):
-        return decoded(raw, msgspec.msgpack.decode, "msgpack")
+        return decoded(raw, msgspec.msgpack.decode, "the body", "msgpack")
     if kind in ("application/json", "text/plain", ""):
-        return decoded(raw, msgspec.json.decode, "JSON")
+        return decoded(raw, msgspec.json.decode, "the body", "JSON")
     raise ApiError(
         415,
         f"the body's type is {shown(kind)}; it must be application/json, application/msgpack or multipart/form-data",
@@ -44,12 +44,12 @@ async def read_fields(request: Request, lists: frozenset[str] = frozenset()) -> 
     )
 
 
-def decoded(raw: bytes, decode: Callable[..., Any], kind: str) -> dict[str, Any]:
+def decoded(raw: bytes, decode: Callable[..., Any], what: str, kind: str) -> dict[str, Any]:
     """A map with texts as keys. Raises ApiError if `raw` is anything else."""
     try:
         fields: dict[str, Any] = decode(raw, type=dict[str, Any])
     except (ValueError, RecursionError, OverflowError) as error:  # msgspec's own errors are ValueErrors
-        raise bad_request(f"the body is not a {kind} map: {error}", code="invalid_body") from None
+        raise bad_request(f"{what} is no map in {kind}: {error}", code="invalid_body") from None
     return fields
 
 

@@ -19,7 +19,7 @@ def event_of(frame: bytes | None) -> dict[str, Any]:
     """A frame as it was sent, None for one of text. Raises ApiError for what is no event."""
     if frame is None:
         raise bad_request("a text frame was sent; events are msgpack maps in binary frames")
-    event = decoded(frame, msgspec.msgpack.decode, "msgpack")
+    event = decoded(frame, msgspec.msgpack.decode, "the frame", "msgpack")
     if not isinstance(event.get("event"), str):
         raise bad_request('an event has no name; it must have one as "event": start, text, flush or stop')
     return event

@@ -77,7 +77,7 @@ def _of_form(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     shaped = {name: value for name, value in fields.items() if name != "reference_texts"}
     if isinstance(shaped.get("prosody"), str):
-        shaped["prosody"] = decoded(shaped["prosody"].encode(), msgspec.json.decode, "JSON")
+        shaped["prosody"] = decoded(shaped["prosody"].encode(), msgspec.json.decode, "prosody", "JSON")
     names = shaped.get("reference_id")
     if names is not None:
         shaped["reference_id"] = names[0] if len(names) == 1 else names

@@ -112,7 +112,7 @@ class _Session:
         self._id = f"speech-{secrets.token_hex(16)}"
         self._begun = False  # a configuration has come
         self._voice: _Voice | None = None
-        self._text = LiveText(least=1, most=MAX_BYTES)
+        self._text = _live_text()
         self._held: list[str] = []  # text that waits for input.done, if nothing is spoken before
         self._utterance = 0  # that text belongs to
         self._items: asyncio.Queue[_Item] = asyncio.Queue()
@@ -188,6 +188,7 @@ class _Session:
         self._items.put_nowait(_UtteranceEnd(self._utterance))
         await self._tell(InputCommitted(self._utterance))
         self._utterance += 1
+        self._text = _live_text()  # who spoke last does not speak the next one
 
     def _close(self) -> None:
         """Speak what is left, and then end."""
@@ -288,6 +289,10 @@ class _Session:
                     await self._tell_failure(error)
             if WebSocketState.DISCONNECTED not in (self._socket.client_state, self._socket.application_state):
                 await self._socket.close(code)
+
+
+def _live_text() -> LiveText:
+    return LiveText(least=1, most=MAX_BYTES)
 
 
 def _now() -> float:

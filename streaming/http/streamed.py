@@ -9,7 +9,7 @@ from contextlib import aclosing
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from streaming.http.connection import while_connected
+from streaming.http.connection import ClientGone, while_connected
 from streaming.http.errors import ApiError, as_api_error
 
 _log = logging.getLogger(__name__)
@@ -34,18 +34,24 @@ class Streamed(Response):
         del self.headers["content-length"]
         self._pieces = pieces
         self._late_headers = late_headers
+        self._begun = False
 
     def ending(self, error: ApiError | None) -> bytes | None:
         """What is sent after the last piece, or after an error. None breaks the connection off: so the client knows."""
         return b"" if error is None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await while_connected(receive, self._send_all(send))
+        try:
+            await while_connected(receive, self._send_all(send))
+        except ClientGone:
+            if not self._begun:  # else an answer has been counted, and there can be no other
+                raise
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self._pieces) as pieces:
             piece = await anext(pieces, b"")
             self.headers.update(self._late_headers())
+            self._begun = True
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})

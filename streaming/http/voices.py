@@ -70,7 +70,7 @@ async def _add(model: ServedVoice, form: VoiceForm) -> Voice:
     seconds = reference.codes.shape[1] * codec.frame_size / codec.sample_rate
     if seconds < _LEAST_SECONDS:
         raise AudioError(f"audio_sample has {seconds:.2f} s of sound; at least {_LEAST_SECONDS:g} s are needed")
-    return await model.references.add(form.name, form.audio_sample, form.ref_text, form.speaker_description)
+    return await model.references.keep(form.name, [reference], form.speaker_description)
 
 
 def _library_model(request: Request) -> ServedVoice:

@@ -62,6 +62,7 @@ class References:
 
     async def keep(self, name: str, references: Sequence[Reference], description: str = "") -> Voice:
         """Keep a voice of one or more references. Raises what `VoiceLibrary.add` raises."""
+        refuse_reserved(name)
         codec = self._model.codec
         return await asyncio.to_thread(
             self.library.add,

@@ -6,6 +6,7 @@ engine still has.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -78,7 +79,8 @@ class Utterance:
         parts = split(text, self._options.part_bytes)
         if not parts:
             return
-        speech = Speech(self._model, self._request(text), self._delivery)
+        request = await asyncio.to_thread(self._request, text)  # a voice may have long transcripts
+        speech = Speech(self._model, request, self._delivery)
         try:
             async with aclosing(speech.samples()) as sound:
                 async for samples in sound:

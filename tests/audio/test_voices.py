@@ -112,6 +112,16 @@ def test_rename_and_delete(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == [".lock"], "nothing is left behind"
 
 
+def test_a_new_description_changes_nothing_else(tmp_path: Path) -> None:
+    library = VoiceLibrary(tmp_path)
+    anna = add(library, "anna")
+    described = library.describe("anna", "deep and slow")
+    assert described.description == "deep and slow" and described.digest == anna.digest
+    assert same(VoiceLibrary(tmp_path).get("anna"), described)
+    with pytest.raises(UnknownVoice):
+        library.describe("berta", "nobody")
+
+
 def test_the_digest_covers_every_code_the_text_and_the_codec(tmp_path: Path) -> None:
     library = VoiceLibrary(tmp_path)
     one = reference()

@@ -16,8 +16,9 @@ _JS = Path(__file__).parent / "js"
 
 @pytest.fixture(scope="session")
 def server(chat_checkpoint: Checkpoint) -> Iterator[Server]:
-    """`triptych serve` with the embedded chat model, as a user starts it."""
-    with running("streaming.cli", "serve", "--port", "0") as started:
+    """`triptych serve` with the embedded chat model, as a user starts it; in float32, so that what was computed alone,
+    in a batch or from a cached prefix agrees to the last word."""
+    with running("streaming.cli", "serve", "--port", "0", "--dtype", "float32") as started:
         yield started
 
 

@@ -86,7 +86,7 @@ def test_logprobs_are_those_of_the_answer(client: openai.OpenAI) -> None:
     assert "".join(entry.token for entry in content) == choice.message.content
     assert bytes(byte for entry in content for byte in entry.bytes or []).decode() == choice.message.content
     for entry in content:
-        assert entry.top_logprobs[0].token == entry.token  # greedy: the likeliest is what was said
+        assert entry.top_logprobs[0].logprob == entry.logprob  # greedy: the likeliest is what was said
         probabilities = [math.exp(top.logprob) for top in entry.top_logprobs]
         assert probabilities == sorted(probabilities, reverse=True) and sum(probabilities) <= 1.0001
     legacy = client.completions.create(model=MODEL, prompt=PROMPT, temperature=0, max_tokens=4, logprobs=2).choices[0]

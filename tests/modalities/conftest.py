@@ -15,4 +15,4 @@ def chat(chat_checkpoint: Checkpoint) -> ChatModel:
 
 @pytest.fixture(scope="session")
 def model(chat_checkpoint: Checkpoint) -> LanguageModel:
-    return load(str(chat_checkpoint.path), device="cpu", kv_slots=4096)
+    return load(str(chat_checkpoint.path), device="cpu", dtype="float32", kv_slots=4096)

@@ -44,3 +44,9 @@ def speech(tmp_path_factory: pytest.TempPathFactory, reference_folder: Path) -> 
     """A real speech engine behind a gateway."""
     with speech_server(tmp_path_factory.mktemp("speech"), reference_folder=reference_folder) as server:
         yield server
+
+
+@pytest.fixture
+def speech_http(speech: SpeechServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=speech.url, timeout=60) as client:
+        yield client

@@ -49,12 +49,17 @@ class SpeechServer:
 
     def until_idle(self, seconds: float = 10) -> None:
         """Wait for the engine to have nothing left; then everything must have been given back."""
-        self.until(lambda: not self.engine.has_work, seconds)
-        stats = self.engine.stats()
-        assert (stats.running, stats.waiting) == (0, 0)
-        assert stats.kv_slots_used == stats.kv_slots_cached
-        assert not self.engine._stage._streams
-        assert self.engine._stage._free == 128
+        self.until(self._is_idle, seconds)
+
+    def _is_idle(self) -> bool:
+        stats, stage = self.engine.stats(), self.engine._stage
+        return (
+            not self.engine.has_work
+            and (stats.running, stats.waiting) == (0, 0)
+            and stats.kv_slots_used == stats.kv_slots_cached
+            and not stage._streams
+            and stage._free == 128
+        )
 
     @staticmethod
     def until(condition: Callable[[], bool], seconds: float = 10) -> None:

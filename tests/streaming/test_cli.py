@@ -57,7 +57,7 @@ def test_the_command_is_installed_under_its_name() -> None:
 
 
 def test_chat_answers_each_line_that_is_piped_in(chat_checkpoint: Checkpoint) -> None:
-    arguments = ("chat", "--temperature", "0", "--max-tokens", "24", "--system", "Answer in one word.")
+    arguments = ("chat", "--dtype", "float32", "--temperature", "0", "--max-tokens", "24", "--system", "Be brief.")
     question = "What is the capital of France?"
     once = triptych(*arguments, said=f"{question}\n")
     assert once.returncode == 0, once.stderr

@@ -242,6 +242,7 @@ def test_the_server_does_not_tell_about_its_own_faults(http: httpx.Client, fake_
     fake_engine.script = lambda request: [[72], KeyError("secret")]
     response = http.post(CHAT, json={"model": "fake", "messages": USER})
     assert "secret" not in error_of(response, 500)["message"]
+    assert response.headers["connection"] == "close"
     text = http.post(CHAT, json={"model": "fake", "messages": USER, "stream": True}).text
     assert "secret" not in text
     assert text.endswith("data: [DONE]\n\n")
