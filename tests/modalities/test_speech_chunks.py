@@ -1,5 +1,7 @@
 """How a stream of frames is cut into chunks: soon at first, and never so that a listener runs dry."""
 
+import itertools
+
 import pytest
 
 from modalities.speech.chunks import PACES, Chunks, Latency
@@ -23,7 +25,7 @@ def test_chunks_begin_small_and_grow_to_a_limit(latency: Latency) -> None:
     assert sum(sizes) == 400
     assert sizes[0] == pace.first
     assert sizes[:-1] == sorted(sizes[:-1]) and sizes[-2] == pace.most
-    assert all(after <= before * pace.growth + 1 for before, after in zip(sizes, sizes[1:]))
+    assert all(after <= before * pace.growth + 1 for before, after in itertools.pairwise(sizes))
 
 
 def test_low_latency_begins_with_the_first_frame_and_normal_sends_fewer_chunks() -> None:

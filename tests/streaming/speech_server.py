@@ -72,6 +72,7 @@ class SpeechServer:
 @contextmanager
 def speech_server(folder: Path, **options: Any) -> Iterator[SpeechServer]:
     """`options` are `build_app`'s."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     config = {"device": "cpu", "dtype": "float32"}
     engine, info = build(NAME, str(TINY), config)
@@ -90,6 +91,7 @@ def speech_server(folder: Path, **options: Any) -> Iterator[SpeechServer]:
     finally:
         worker.drain()
         thread.join(10)
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def test_every_format_is_sent_while_it_is_made(speech_http: httpx.Client, name: 
 
 
 def test_mp3_is_the_default(speech_http: httpx.Client) -> None:
-    response = speak(http)
+    response = speak(speech_http)
     assert response.headers["content-type"] == "audio/mpeg"
     assert response.content[:2] in (b"\xff\xfb", b"\xff\xfa")
 
@@ -176,7 +176,7 @@ def test_a_long_text_is_spoken_part_by_part(speech_http: httpx.Client) -> None:
 def test_fields_that_mean_nothing_are_named_in_a_header(speech_http: httpx.Client) -> None:
     response = speak(speech_http, language="English", initial_codec_chunk_frames=10, user="me", unheard_of=1)
     assert response.headers["x-triptych-ignored"] == "language, initial_codec_chunk_frames"
-    assert "x-triptych-ignored" not in speak(http).headers
+    assert "x-triptych-ignored" not in speak(speech_http).headers
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_the_figures_add_up(speech_http: httpx.Client, speech: SpeechServer) -> 
     names = ("audio_duration_seconds_total", "speech_stream_completed_total", "audio_ttfp_s_count", "audio_rtf_count")
     before = [figure(name) for name in names]
     seconds = 2 * 12 * FRAME / RATE
-    speak(http)
+    speak(speech_http)
     speak(speech_http, response_format="wav")
     after = [figure(name) for name in names]
     assert [b - a for a, b in zip(before, after)] == pytest.approx([seconds, 2, 2, 2])
