@@ -16,9 +16,9 @@ import torch
 from ar_core.interfaces import Emitted
 from ar_core.request import MAX_AVOID_REPEATS, SamplingParams
 
-# On a CPU sorting a vocabulary costs milliseconds; the likeliest few hundred tokens nearly always hold all that
+# On a CPU sorting a vocabulary costs milliseconds; the likeliest few thousand tokens nearly always hold all that
 # top-p keeps.
-_LIKELIEST = 256
+_LIKELIEST = 4096
 # What the second draw of `avoid_repeats` keeps of the distribution.
 _SECOND_TOP_P = 0.9
 _STRIDE = np.uint64(0x9E3779B97F4A7C15)
@@ -339,10 +339,17 @@ def _likeliest(probs: torch.Tensor, state: SamplingState) -> torch.Tensor:
     if state.max_top_k:
         return torch.topk(probs, min(state.max_top_k, probs.shape[1]), dim=-1).values
     if probs.device.type == "cpu":
-        likeliest = torch.topk(probs, min(_LIKELIEST, probs.shape[1]), dim=-1).values
-        if _is_enough(likeliest, probs.shape[1], state):
-            return likeliest
+        likeliest = _sorted(probs, _LIKELIEST)
+        return likeliest if _is_enough(likeliest, probs.shape[1], state) else _sorted(probs, probs.shape[1])
     return torch.sort(probs, dim=-1, descending=True).values
+
+
+def _sorted(probs: torch.Tensor, n: int) -> torch.Tensor:
+    """The n largest of each row on a CPU, in falling order: numpy's sort is tens of times as fast as torch's."""
+    largest = probs.numpy()
+    if n < probs.shape[1]:
+        largest = np.partition(largest, -n, axis=-1)[:, -n:]
+    return torch.from_numpy(np.sort(largest, axis=-1)[:, ::-1].copy())
 
 
 def _is_enough(likeliest: torch.Tensor, vocab_size: int, state: SamplingState) -> bool:
