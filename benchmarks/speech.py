@@ -3,8 +3,8 @@
     python -m benchmarks.speech tests/data/s2-tiny --dtype float32 --out benchmarks/results/speech-cpu.json
 
 Drives the engine in this process, without a server. References are random codes, as long as a recording of
-`--reference-seconds`; every speech is `--frames` long, whatever the model would like. A chunk is late if it leaves after
-a listener has heard all before it.
+`--reference-seconds`; every speech is `--frames` long, whatever the model would like. A chunk is late if it leaves
+after a listener has heard all before it.
 """
 
 from __future__ import annotations

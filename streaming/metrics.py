@@ -32,9 +32,7 @@ INTER_TOKEN = Histogram(
 END_TO_END = Histogram(
     "triptych:e2e_request_latency_seconds", "Until an answer was whole", ["model_name"], buckets=_SECONDS
 )
-FIRST_AUDIO = Histogram(
-    "triptych:audio_ttfp_s", "Until the first sound left", ["model_name"], buckets=_SECONDS
-)
+FIRST_AUDIO = Histogram("triptych:audio_ttfp_s", "Until the first sound left", ["model_name"], buckets=_SECONDS)
 REAL_TIME_FACTOR = Histogram(
     "triptych:audio_rtf", "Time that a speech took, over its length", ["model_name"], buckets=_FACTORS
 )

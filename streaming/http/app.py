@@ -24,13 +24,13 @@ from streaming.http.chat import create_chat_completion
 from streaming.http.completions import create_completion
 from streaming.http.connection import ClientGone
 from streaming.http.errors import ApiError, as_api_error
-from streaming.http.fish import add_fish_routes
+from streaming.http.fish.routes import add_fish_routes
 from streaming.http.health import health, metrics, ready
 from streaming.http.measure import MeasureHttp
 from streaming.http.models import list_models, show_model
 from streaming.http.openapi import answers, body_of, describe, docs
 from streaming.http.served import Models
-from streaming.http.speech_routes import add_speech_routes
+from streaming.http.speech.routes import add_speech_routes
 from streaming.http.tokenize import detokenize, tokenize
 
 MAX_BODY_BYTES = 32 << 20

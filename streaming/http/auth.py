@@ -7,7 +7,7 @@ import hmac
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from streaming.http.errors import ApiError
-from streaming.http.fish_answers import error_answer
+from streaming.http.fish.answers import error_answer
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 

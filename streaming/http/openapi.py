@@ -15,7 +15,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from audio.formats import FORMATS
-from streaming.http import requests, schema, speech_requests, speech_schema
+from streaming.http import requests, schema
+from streaming.http.speech import requests as speech_requests
+from streaming.http.speech import schema as speech_schema
 
 _REF = "#/components/schemas/"
 _REQUESTS: tuple[type[BaseModel], ...] = (

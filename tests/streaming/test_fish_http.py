@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from ar_core.request import QueueFull
 from streaming.client import EngineUnavailable
-from streaming.http.fish_answers import as_fish_error
-from streaming.http.fish_requests import SpeechRequest
+from streaming.http.fish.answers import as_fish_error
+from streaming.http.fish.requests import SpeechRequest
 from tests.audio.sounds import decoded
 from tests.streaming.failing_engine import failing_server
 from tests.streaming.speech_server import RATE, TRANSCRIPT, SpeechServer, recording, speech_server

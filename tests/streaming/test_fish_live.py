@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from streaming.client import EngineUnavailable
-from streaming.http import fish_live
+from streaming.http.fish import live as fish_live
 from tests.audio.sounds import decoded
 from tests.streaming.failing_engine import failing_server
 from tests.streaming.live_client import FRAMES, Live, live, pack

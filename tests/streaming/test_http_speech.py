@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file
 
 from streaming.http.errors import ApiError
-from streaming.http.reference_sound import sound_in, sound_of
+from streaming.http.speech.reference_sound import sound_in, sound_of
 from tests.audio.sounds import decoded
 from tests.streaming.speech_server import NAME, RATE, TINY, TRANSCRIPT, SpeechServer, recording
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modalities.speech.tokenizer import SPEAKER_TAG
-from streaming.speech.fish_text import LiveText
+from streaming.speech.live_text import LiveText
 
 _WORDS = ["Hello", "3.14", "Dr.", "ends.", "[whisper. x]", "why?", "a", "incomprehensibilities" * 2]
 _WORDS += ["。", "你好", "\n", "<|speaker:1|>", "<|speaker:2|>", ",", "[", "<", "“Yes.”"]

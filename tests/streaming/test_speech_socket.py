@@ -14,7 +14,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
-from streaming.http import speech_socket
+from streaming.http.speech import socket as speech_socket
 from tests.audio.sounds import decoded
 from tests.streaming.speech_server import NAME, RATE, SpeechServer, speech_server
 

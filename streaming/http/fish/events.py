@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from streaming.http.errors import ApiError, bad_request
-from streaming.http.fish_body import decoded
+from streaming.http.fields import decoded
 from streaming.speech.utterance import Utterance
 
 MAX_AUDIO_BYTES = 32 << 10  # of one event: clients refuse messages that are much larger unless told otherwise

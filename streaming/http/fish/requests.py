@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 
 from ar_core.request import RequestError
 from modalities.speech.model import SpeechOptions
-from streaming.http.fish_body import as_bytes
+from streaming.http.fields import as_bytes
 from streaming.http.requests import Body
 from streaming.speech.synthesis import Delivery
 

@@ -9,10 +9,10 @@ from starlette.responses import Response
 
 from streaming.http.connection import while_connected
 from streaming.http.errors import ApiError
-from streaming.http.fish_answers import negotiated
-from streaming.http.fish_body import checked, is_form, read_fields
-from streaming.http.fish_requests import NewReference, OldReference, RenamedReference
-from streaming.http.fish_voice import model_for
+from streaming.http.fields import checked, is_form, read_fields
+from streaming.http.fish.answers import negotiated
+from streaming.http.fish.requests import NewReference, OldReference, RenamedReference
+from streaming.http.fish.voice import model_for
 from streaming.speech.references import References
 
 

@@ -12,11 +12,11 @@ from audio.errors import AudioError
 from audio.voices import Voice
 from streaming.http.connection import while_connected
 from streaming.http.errors import bad_request, unsupported
-from streaming.http.fish_body import checked, read_fields
+from streaming.http.fields import checked, read_fields
 from streaming.http.served import ServedVoice
-from streaming.http.speaking import model_of
-from streaming.http.speech_requests import VoiceForm
-from streaming.http.speech_schema import AudioVoice, AudioVoiceDeleted, AudioVoiceList
+from streaming.http.speech.requests import VoiceForm
+from streaming.http.speech.schema import AudioVoice, AudioVoiceDeleted, AudioVoiceList
+from streaming.http.speech.speaking import model_of
 from streaming.speech.references import DEFAULT_VOICE
 
 _MAX_BYTES = 10 << 20

@@ -1,4 +1,4 @@
-"""The records of answers with speech and about voices. The requests are in `speech_requests.py`."""
+"""The records of answers with speech and about voices. The requests are in `requests.py`."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ from audio.reading import read_audio
 from modalities.speech.segments import Codes
 from streaming.client import EngineUnavailable
 from streaming.http.connection import while_connected
-from streaming.http.fish_answers import negotiated
-from streaming.http.fish_body import checked, is_form, read_fields
-from streaming.http.fish_requests import CodesOfSounds, Sounds
-from streaming.http.fish_voice import model_for
+from streaming.http.fields import checked, is_form, read_fields
+from streaming.http.fish.answers import negotiated
+from streaming.http.fish.requests import CodesOfSounds, Sounds
+from streaming.http.fish.voice import model_for
 from streaming.http.served import ServedVoice
 
 T = TypeVar("T")

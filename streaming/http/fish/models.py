@@ -13,10 +13,10 @@ from starlette.responses import Response
 from audio.voices import Voice
 from streaming.http.connection import while_connected
 from streaming.http.errors import ApiError, shown
-from streaming.http.fish_answers import IGNORED, json
-from streaming.http.fish_body import checked, is_form, read_fields
-from streaming.http.fish_requests import ChangedModel, NewModel, required_texts
-from streaming.http.fish_voice import model_for
+from streaming.http.fields import checked, is_form, read_fields
+from streaming.http.fish.answers import IGNORED, json
+from streaming.http.fish.requests import ChangedModel, NewModel, required_texts
+from streaming.http.fish.voice import model_for
 from streaming.speech.references import References
 
 _LISTS = frozenset({"voices", "texts", "tags"})

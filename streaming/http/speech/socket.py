@@ -28,9 +28,8 @@ from modalities.speech.split import MAX_BYTES
 from streaming.http.body import explain
 from streaming.http.errors import as_api_error, bad_request
 from streaming.http.requests import Body
-from streaming.http.speaking import Speaking, speaking, usage_of
-from streaming.http.speech_requests import SessionConfig
-from streaming.http.speech_schema import (
+from streaming.http.speech.requests import SessionConfig
+from streaming.http.speech.schema import (
     AudioDone,
     AudioStart,
     InputCommitted,
@@ -38,7 +37,8 @@ from streaming.http.speech_schema import (
     SessionDone,
     SpeechError,
 )
-from streaming.speech.fish_text import LiveText
+from streaming.http.speech.speaking import Speaking, speaking, usage_of
+from streaming.speech.live_text import LiveText
 from streaming.speech.references import DEFAULT_VOICE
 from streaming.speech.synthesis import Synthesis
 

@@ -13,10 +13,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from streaming.http.connection import while_connected
-from streaming.http.fish_answers import IGNORED
-from streaming.http.fish_body import checked, decoded, is_form, read_fields
-from streaming.http.fish_requests import SpeechRequest, ignored
-from streaming.http.fish_voice import model_for, references_of
+from streaming.http.fields import checked, decoded, is_form, read_fields
+from streaming.http.fish.answers import IGNORED
+from streaming.http.fish.requests import SpeechRequest, ignored
+from streaming.http.fish.voice import model_for, references_of
 from streaming.http.served import ServedVoice
 from streaming.http.streamed import Streamed
 from streaming.speech.synthesis import Synthesis

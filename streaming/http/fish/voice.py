@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from audio.voices import Reference
 from modalities.speech.tokenizer import SPEAKER_TAG
-from streaming.http.fish_requests import ReferenceSound, SpeechRequest, speaker_list
+from streaming.http.fish.requests import ReferenceSound, SpeechRequest, speaker_list
 from streaming.http.served import Models, ServedVoice, default_voice
 
 

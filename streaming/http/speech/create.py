@@ -12,9 +12,9 @@ from starlette.responses import Response
 from streaming.http.body import parse_body
 from streaming.http.connection import while_connected
 from streaming.http.errors import ApiError
-from streaming.http.speaking import ignored_fields, speaking, usage_of
-from streaming.http.speech_requests import SpeechRequest
-from streaming.http.speech_schema import SpeechAudioDelta, SpeechAudioDone, SpeechError
+from streaming.http.speech.requests import SpeechRequest
+from streaming.http.speech.schema import SpeechAudioDelta, SpeechAudioDone, SpeechError
+from streaming.http.speech.speaking import ignored_fields, speaking, usage_of
 from streaming.http.sse import HEADERS, event
 from streaming.http.streamed import Streamed
 from streaming.speech.synthesis import Synthesis

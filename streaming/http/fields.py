@@ -1,4 +1,4 @@
-"""Bodies as Fish Audio's clients send them: JSON, msgpack, or a form, to a checked record."""
+"""Bodies that may be JSON, msgpack or a form, to a checked record."""
 
 from __future__ import annotations
 

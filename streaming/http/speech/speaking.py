@@ -15,10 +15,10 @@ from audio.formats.table import settle
 from audio.voices import Reference, UnknownVoice
 from modalities.speech.model import Said, SpeechOptions
 from streaming.http.errors import ApiError, bad_request, unsupported
-from streaming.http.reference_sound import sound_in, sound_of
 from streaming.http.served import Models, ServedVoice, default_voice, find_voice
-from streaming.http.speech_requests import ReferenceRecording, SpeechSettings
-from streaming.http.speech_schema import InputTokenDetails, SpeechUsage
+from streaming.http.speech.reference_sound import sound_in, sound_of
+from streaming.http.speech.requests import ReferenceRecording, SpeechSettings
+from streaming.http.speech.schema import InputTokenDetails, SpeechUsage
 from streaming.speech.synthesis import Delivery, Synthesis
 
 IGNORED = ("language", "task_type", "initial_codec_chunk_frames")

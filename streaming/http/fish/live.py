@@ -17,14 +17,14 @@ from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from streaming.http import fish_events as events
 from streaming.http.errors import ApiError, bad_request
-from streaming.http.fish_answers import as_fish_error
-from streaming.http.fish_body import checked
-from streaming.http.fish_requests import MAX_TEXT, SpeechRequest, ignored
-from streaming.http.fish_voice import model_for, references_of
+from streaming.http.fields import checked
+from streaming.http.fish import events
+from streaming.http.fish.answers import as_fish_error
+from streaming.http.fish.requests import MAX_TEXT, SpeechRequest, ignored
+from streaming.http.fish.voice import model_for, references_of
 from streaming.http.served import ServedVoice
-from streaming.speech.fish_text import LiveText
+from streaming.speech.live_text import LiveText
 from streaming.speech.utterance import Utterance
 
 _IDLE_SECONDS = 600.0  # without a word from the client while nothing is spoken

@@ -7,12 +7,12 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.routing import WebSocketRoute
 
-from streaming.http import speech_schema as schema
 from streaming.http.openapi import answers, body_of, sound_answers
-from streaming.http.speech import create_speech
-from streaming.http.speech_requests import SpeechRequest, VoiceForm
-from streaming.http.speech_socket import speech_socket
-from streaming.http.voices import create_voice, delete_voice, list_voices, show_voice
+from streaming.http.speech import schema
+from streaming.http.speech.create import create_speech
+from streaming.http.speech.requests import SpeechRequest, VoiceForm
+from streaming.http.speech.socket import speech_socket
+from streaming.http.speech.voices import create_voice, delete_voice, list_voices, show_voice
 
 
 def add_speech_routes(app: FastAPI) -> None:

@@ -1,0 +1,1 @@
+"""Speech and voices in OpenAI's shapes, and the neighbours' socket. Start reading at `routes.py`."""
