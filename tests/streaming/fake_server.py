@@ -59,8 +59,10 @@ class _Gateway:
             ready = all(client.ready for client in self._clients.values())
             writer.write(f"HTTP/1.1 {200 if ready else 503} -\r\nConnection: close\r\n\r\n".encode())
         else:
-            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+            # In chunks, so that a client can tell an end from a break.
+            writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
             await self._answer(*path.split("/"), writer)
+            writer.write(b"0\r\n\r\n")
         writer.close()
         self._open.discard(task)
 
@@ -70,10 +72,15 @@ class _Gateway:
         try:
             async with aclosing(self._clients[model].submit(request)) as outputs:
                 async for output in outputs:
-                    writer.write((separator + ",".join(map(str, output.tokens))).encode())
+                    writer.write(_chunk(separator + ",".join(map(str, output.tokens))))
                     separator = ","
         except (EngineUnavailable, QueueFull, RequestError) as error:
-            writer.write(str(error).encode())
+            writer.write(_chunk(str(error)))
+
+
+def _chunk(text: str) -> bytes:
+    data = text.encode()
+    return b"%x\r\n%s\r\n" % (len(data), data)
 
 
 def main() -> int:

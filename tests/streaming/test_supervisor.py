@@ -47,9 +47,7 @@ class Server:
         return found[1]
 
     def children(self, module: str) -> list[psutil.Process]:
-        found = [
-            child for child in psutil.Process(self.process.pid).children() if f"streaming.{module}" in child.cmdline()
-        ]
+        found = [child for child in psutil.Process(self.process.pid).children() if _runs(child, f"streaming.{module}")]
         self.seen.update(child.pid for child in found)
         return found
 
@@ -58,6 +56,13 @@ class Server:
         self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+def _runs(process: psutil.Process, module: str) -> bool:
+    try:
+        return module in process.cmdline()
+    except psutil.NoSuchProcess:  # it has just ended: a zombie counts as that
+        return False
 
 
 @pytest.fixture
