@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-import ar_core  # noqa: F401 - before torch: it says how torch's threads wait for each other
+import ar_core  # noqa: F401 - before torch: it sets what torch reads when it is loaded
 
 if TYPE_CHECKING:
     from modalities.checkpoint import Checkpoint
