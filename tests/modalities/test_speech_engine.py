@@ -18,9 +18,9 @@ from modalities.checkpoint import Checkpoint
 from modalities.registry import build_speech_engine
 from modalities.speech.engine import SpeechEngine
 from modalities.speech.model import SpeechModel, SpeechOptions
-from modalities.speech.prompt import Reference
 from modalities.speech.segments import Codes, Recording
 from tests.audio.tiny_codec import some_codes, some_sound, tiny_codec
+from tests.modalities.conversations import Reference
 
 TINY = Checkpoint(Path(__file__).parents[1] / "data" / "s2-tiny")
 MODEL = SpeechModel(TINY)

@@ -11,8 +11,8 @@ import pytest
 from ar_core.request import Frames, Request, RequestError, Tokens
 from modalities.checkpoint import Checkpoint
 from modalities.speech.model import Said, SpeechModel, SpeechOptions
-from modalities.speech.prompt import Reference, conversation
 from modalities.speech.segments import Turn
+from tests.modalities.conversations import Reference, conversation
 
 TINY = Path(__file__).parents[1] / "data" / "s2-tiny"
 CODES = np.arange(60).reshape(10, 6)
