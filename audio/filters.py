@@ -25,6 +25,7 @@ class FilterChain:
         self._rate = rate
         self._pushed = 0
         self._graph = av.filter.Graph()
+        self._graph.threads = 1  # by default as many for each stream as there are cores
         last = self._graph.add_abuffer(sample_rate=rate, format="flt", layout="mono", time_base=Fraction(1, rate))
         for name, arguments in [*filters, ("aformat", "sample_fmts=flt:channel_layouts=mono"), ("abuffersink", "")]:
             node = self._graph.add(name, arguments)
