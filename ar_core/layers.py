@@ -11,6 +11,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ar_core.parallel import Parallel
 
+_ROWS_AT_ONCE = 16
+
 # [T, in] -> [T, out]
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -43,8 +45,14 @@ def prepack(weight: torch.Tensor) -> torch.Tensor:
 
 
 def multiply_prepacked(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + b, [T, in] -> [T, out]."""
+    rows = x.shape[0]
+    # oneDNN prepares and remembers a product for every number of rows: milliseconds and memory for each.
+    missing = -rows % _ROWS_AT_ONCE if rows > _ROWS_AT_ONCE else 0
+    if missing:
+        x = F.pad(x, (0, 0, 0, missing))
     y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-    return y
+    return y[:rows] if missing else y
 
 
 class BiasedProduct:

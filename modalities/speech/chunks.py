@@ -24,7 +24,7 @@ class Pace:
 PACES: dict[Latency, Pace] = {
     "low": Pace(first=1, growth=1.25, most=8),
     "balanced": Pace(first=2, growth=1.5, most=16),
-    "normal": Pace(first=4, growth=2.0, most=32),
+    "normal": Pace(first=2, growth=2.0, most=32),
 }
 
 

@@ -35,6 +35,6 @@ def test_low_latency_begins_with_the_first_frame_and_normal_sends_fewer_chunks()
 
 def test_an_end_sends_what_there_is_and_nothing_if_there_is_nothing() -> None:
     chunks = Chunks("normal")
-    assert not chunks.due(3, ended=False)
-    assert chunks.due(3, ended=True)
+    assert not chunks.due(1, ended=False)
+    assert chunks.due(1, ended=True)
     assert not chunks.due(0, ended=True)
