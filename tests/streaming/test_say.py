@@ -16,6 +16,7 @@ from ar_core.request import FinishReason, RequestError
 from audio.voices import VoiceLibrary
 from modalities import load
 from modalities.offline_speech import VoiceModel
+from modalities.speech.chunks import PACES
 from streaming.cli import app
 from tests.audio.sounds import decoded
 from tests.streaming.speech_server import RATE, TINY, TRANSCRIPT, recording
@@ -58,7 +59,7 @@ def test_pieces_are_the_whole_and_stopping_early_leaves_nothing(model: VoiceMode
     whole = model.say(TEXT, **GREEDY).samples
     assert np.array_equal(np.concatenate(list(model.say_stream(TEXT, **GREEDY))), whole)
     stream = model.say_stream(TEXT, **GREEDY)
-    assert np.array_equal(next(stream), whole[: 4 * 2048])
+    assert np.array_equal(next(stream), whole[: PACES["normal"].first * 2048])
     stream.close()
     assert not model.engine.has_work and model.engine.stats().running == 0
     assert len(list(itertools.islice(model.say_stream(TEXT, latency="low", **GREEDY), 3))) == 3
