@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ar_core.interfaces import Backbone, Head, SegmentEncoder
+from ar_core.layers import multiplies_bfloat16
 from ar_core.parallel import Parallel
 
 _ALONE = Parallel()
@@ -102,7 +103,7 @@ def _load_folder(
                 f"ranks, is for models of type {', '.join(MODEL_TYPES)}"
             )
         if dtype == "auto" and device.type == "cpu":
-            dtype = "bfloat16" if _has_fast_bfloat16() else "float32"
+            dtype = "bfloat16" if multiplies_bfloat16() else "float32"
         return load_transformers_backbone(
             folder, device=device, dtype=dtype, load_format=load_format, max_context=max_context
         )
@@ -173,12 +174,8 @@ def _choose_dtype(asked: str, stored: torch.dtype | None, device: torch.device) 
     if asked != "auto":
         return DTYPES[asked]
     if device.type == "cpu":
-        return torch.bfloat16 if _has_fast_bfloat16() else torch.float32
+        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
     return stored or torch.bfloat16
-
-
-def _has_fast_bfloat16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _eos_token_ids(folder: Path) -> tuple[int, ...]:

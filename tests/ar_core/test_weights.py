@@ -155,7 +155,7 @@ def test_the_dtype_asked_for_is_that_of_weights_hidden_states_and_kv(
 def test_on_a_cpu_auto_is_what_it_multiplies_quickly(
     model_type: str, stored: str, fast: bool, given: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ar_core.models._has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr("ar_core.models.multiplies_bfloat16", lambda: fast)
     tiny_config(model_type, dtype=stored).save_pretrained(tmp_path)
     assert load_backbone(tmp_path, device=CPU, load_format="dummy").dtype is given
 
